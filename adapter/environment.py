@@ -136,6 +136,11 @@ def _find_contradictions(settings: Settings, environ: Mapping[str, str]) -> Iter
                 f"{variable_of(field)}: expected https://, or a host that {PREFIX}ALLOWED_HOSTS names,"
                 f" got http://{parts.netloc}"
             )
+    if settings.in_max_age_h < (least := settings.window_hours + 1):  # an entry has the window that it opened
+        yield (
+            f"{variable_of('in_max_age_h')}: expected at least {least:g}, an hour more than"
+            f" {variable_of('window_hours')}, got {settings.in_max_age_h:g}"
+        )
     given = {name.removesuffix("_FILE") for name, value in environ.items() if value.strip()}
     for one, other in (
         ("NATS_CERT", "NATS_KEY"),

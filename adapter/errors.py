@@ -92,6 +92,10 @@ class LeaseLost(AdapterError):
     """Another replica owns or may own this: stop polling and sending at once."""
 
 
+class PersonGone(AdapterError):
+    """The person's time in the sandbox is over: what was received or asked for them belongs to nobody."""
+
+
 class SettingsError(AdapterError):
     """The service cannot start. The text names every variable at fault."""
 

@@ -338,16 +338,31 @@ class StoredMessage(NamedTuple):
     """Time at which the stream stored it, in Unix milliseconds; 0 if not requested."""
 
 
+class Heads(NamedTuple):
+    """Newest messages of subjects, by sequence."""
+
+    messages: list[StoredMessage]
+    up_to: int
+    """The last sequence of the stream when they were read; 0: no subject has a message."""
+    is_cut: bool
+    """There are more behind the last one."""
+
+
 class History(Protocol):
     """Reads streams."""
 
     def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
+        self,
+        stream: str,
+        subject: str,
+        *,
+        after: int = 0,
+        since_ms: int | None = None,
+        limit: int | None = None,
+        page: int = 200,
     ) -> AsyncIterator[StoredMessage]:
-        """The first `limit` messages of `subject` after a sequence or since a time, oldest first.
-
-        Raises Temporary.
-        """
+        """The first `limit` messages of `subject` after a sequence or since a time, oldest first. `page`: most that
+        are requested at once. Raises Temporary."""
 
     async def read_last(self, stream: str, subject: str) -> StoredMessage | None:
         """The newest message of a subject. Raises Temporary."""
@@ -355,11 +370,19 @@ class History(Protocol):
     async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
         """The newest message of each subject, read from the stream's leader. Raises Temporary."""
 
+    async def read_heads(self, stream: str, subject: str, *, start: int) -> Heads | None:
+        """Of all subjects under a wildcard whose newest message is at or behind a sequence: this message, as new as
+        the stream's leader. None: more than a server looks through, 1,024 subjects. Raises Temporary."""
+
     async def get(self, stream: str, seq: int) -> StoredMessage | None:
         """A message, read from the stream's leader, or None if there is none. Raises Temporary."""
 
     async def last_sequence(self, stream: str) -> int:
         """The newest sequence that the stream's leader has given, even if that message is gone. Raises Temporary."""
+
+    async def first_and_last(self, stream: str) -> tuple[int, int]:
+        """The sequence of the stream's first message, one more than the last if there is none, and `last_sequence`.
+        Raises Temporary."""
 
     async def count(self, stream: str) -> int:
         """Number of messages of a stream. Raises Temporary."""

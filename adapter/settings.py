@@ -134,10 +134,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Hours that media are kept in the object store."""
 
     in_max_per_sandbox: AtLeast1 = 10000
-    """Inbound messages kept per sandbox; the oldest go first."""
+    """Answers of iLink with messages that are kept per person; the oldest go first. Most bring one message."""
 
     in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0
-    """Hours that inbound messages are kept for `next` and replay."""
+    """Hours that inbound messages are kept for `next` and replay: at least an hour more than
+    `WECHAT_NATS_WINDOW_HOURS`."""
 
     out_max_per_sandbox: AtLeast1 = 10000
     """Unsent commands kept per sandbox; one more is refused to its publisher."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from adapter.cli.schema import definitions_of
 from adapter.contract.messages import MESSAGES, SCHEMA_VERSION
-from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
+from adapter.contract.names import H_MSG_ID, H_POSITION, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
 
 RAW = ("media_bytes", "media_piece")
 """Messages whose payload is bytes; their schema is that of their headers."""
@@ -169,6 +169,7 @@ def _headers() -> dict[str, Any]:
     meanings = {
         H_SCHEMA: f"Major version of the contract: {SCHEMA_VERSION}.",
         H_MSG_ID: "Id; JetStream drops a repeat within five minutes, of a command within 15 s.",
+        H_POSITION: "On a live message: its place in the inbox, as `next` has it.",
         H_REPLY_TO: "Inbox for the answer to bind, unbind and erase.",
         H_TRACEPARENT: "W3C Trace Context; a command's is that of its receipts.",
     }

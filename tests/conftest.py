@@ -25,7 +25,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
-from adapter.inbound.poller import BotPoller
+from adapter.bridge.poller import BotPoller
 from adapter.jetstream.client import BusClient
 from adapter.observability.decoding import log_once
 from tests import canary

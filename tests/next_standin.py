@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.contract.messages import Handed, NextPage, NextQuery
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_POSITION, Names, position, read_position
 
 
 class NextStandIn:
@@ -24,7 +24,9 @@ class NextStandIn:
         self.stored: dict[int, bytes] = {}
         self.queries: list[NextQuery] = []
         self.under_way = self.most_under_way = 0
-        self.reader = self.position = self.first = 0
+        self.reader = self.handled = 0
+        """`handled`: the sequence up to which all are confirmed. Each message is an entry of its own."""
+        self.first = ""
         self.opened_by: list[int] = []
         self.delay_s = 0.0
         self.disturb: Callable[[int, Msg], bool] = lambda number, msg: False
@@ -37,7 +39,7 @@ class NextStandIn:
     async def store(self, sequence: int, data: bytes, *, ring: bool = True) -> None:
         self.stored[sequence] = data
         if ring:
-            await self._nc.publish(self._names.live(self._sandbox), data)
+            await self._nc.publish(self._names.live(self._sandbox), data, headers={H_POSITION: position(sequence, 0)})
 
     async def refuse(self, msg: Msg, code: str, sentence: str) -> None:
         await self._nc.publish(msg.reply, headers={H_ERROR_CODE: code, H_ERROR: sentence})
@@ -58,8 +60,11 @@ class NextStandIn:
         elif query.reader != self.reader:
             await self.refuse(msg, "409", "Another agent reads this sandbox now.")
             return
-        self.position = max(self.position, query.after or 0)
-        left = sorted(sequence for sequence in self.stored if sequence > self.position)[: query.max]
-        messages = [Handed(sequence=sequence, message=msgspec.Raw(self.stored[sequence])) for sequence in left]
+        if query.after is not None:
+            self.handled = max(self.handled, read_position(query.after)[0])
+        left = sorted(sequence for sequence in self.stored if sequence > self.handled)[: query.max]
+        messages = [
+            Handed(position=position(sequence, 0), message=msgspec.Raw(self.stored[sequence])) for sequence in left
+        ]
         page = NextPage(reader=self.reader, messages=messages, first=self.first)
         await self._nc.publish(msg.reply, msgspec.json.encode(page))

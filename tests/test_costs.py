@@ -8,8 +8,6 @@ import gc
 import tracemalloc
 from collections import Counter
 
-from adapter.inbound.checkpoint import SAVE_AFTER_NEW
-from adapter.inbound.poller import BotPoller
 from adapter.ports import Account, Polled
 from tests.bindings.test_control import Platform
 from tests.fakes import Bench, batch, ready
@@ -42,27 +40,14 @@ async def inbound_message(per_answer: int) -> Bench:
     return bench
 
 
-async def test_a_message_costs_one_write_and_a_conversation_one_a_second() -> None:
-    bench = await inbound_message(1)
-    writes = Counter(bench.bus.writes)
-    assert writes.pop("conversation", 0) <= 6  # five seconds of answers
-    assert writes == {"in": MESSAGES, "checkpoint": MESSAGES // SAVE_AFTER_NEW + 1}
-
-
-async def test_a_batch_costs_a_write_for_each_message() -> None:
-    bench = await inbound_message(20)
-    writes = Counter(bench.bus.writes)
-    assert writes.pop("conversation", 0) <= 1
-    assert writes.pop("checkpoint") <= MESSAGES // SAVE_AFTER_NEW + 1  # with the release
-    assert writes == {"in": MESSAGES}
+async def test_an_answer_costs_one_write() -> None:
+    assert Counter((await inbound_message(1)).bus.writes) == {"in": MESSAGES, "poll": 1}
+    assert Counter((await inbound_message(20)).bus.writes) == {"in": MESSAGES // 20, "poll": 1}
 
 
 async def test_the_bytes_of_a_message() -> None:
     bench = await inbound_message(20)
-    assert stored_bytes(bench, "IN") / MESSAGES < 660
-    entry = next(iter(bench.checkpoint_bucket.entries.values()))
-    assert entry.value is not None
-    assert len(entry.value) < 6000
+    assert stored_bytes(bench, "IN") / MESSAGES < 520
 
 
 async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
@@ -73,9 +58,9 @@ async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
     await asyncio.sleep(60)
     assert len(bench.chat.texts) == MESSAGES
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["accepted"] * MESSAGES
-    assert Counter(bench.bus.writes) == {"conversation": MESSAGES, "event": MESSAGES}
+    assert Counter(bench.bus.writes) == {"person": MESSAGES, "event": MESSAGES}
     assert stored_bytes(bench, "EVENT") / MESSAGES < 470
-    entry = next(iter(bench.conversation_bucket.entries.values()))
+    entry = next(iter(bench.person_bucket.entries.values()))
     assert entry.value is not None
     assert len(entry.value) < 2000
 
@@ -112,14 +97,14 @@ async def test_an_idle_bot_writes_once_and_takes_little_memory() -> None:
     bench.bus.writes.clear()
     gc.collect()
     tracemalloc.start()
-    deps = bench.poll_deps(chat=Silence())
-    sessions = [BotPoller(f"b{number}@im.bot", deps) for number in range(IDLE_BOTS)]
+    chat = Silence()
+    sessions = [bench.new_poller(f"b{number}@im.bot", chat=chat) for number in range(IDLE_BOTS)]
     tasks = [asyncio.get_running_loop().create_task(session.run()) for session in sessions]
     await asyncio.sleep(3600)
     gc.collect()
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert Counter(bench.bus.writes) == {"checkpoint": IDLE_BOTS}
+    assert Counter(bench.bus.writes) == {"poll": IDLE_BOTS}
     assert size / IDLE_BOTS < 18_000
     for task in tasks:
         task.cancel()

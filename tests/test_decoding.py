@@ -6,16 +6,16 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bridge.record import PersonRecord
 from adapter.contract.records import Binding, Claim, LoginRecord, Member, PrivateRecord
 from adapter.errors import UNDECODABLE, RecordTooNew
 from adapter.observability.decoding import SAID_KEPT, decode_record
-from adapter.outbound.record import SealedConversation
 from tests.newer import made_newer
 
 RECORDS: list[PrivateRecord] = [
     Binding(sandbox="s1", bot="b1@im.bot", token="sealed"),
     LoginRecord(sandbox="s1"),
-    SealedConversation(sealed=b"s1.x"),
+    PersonRecord(sealed=b"s1.x"),
     Claim(),
     Member(instance="r1"),
 ]

@@ -9,12 +9,12 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter.bridge.partition import Partition
+from adapter.bridge.poller import BotPoller
+from adapter.bridge.typing_indicator import TICKET_S
 from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.ilink.connection import Connection
-from adapter.inbound.poller import BotPoller
-from adapter.outbound.shard import Shard
-from adapter.outbound.typing_indicator import TICKET_S
 from adapter.ownership.leases import DEAD_KEPT
 from tests.fakes import Bench, Wire
 from tests.growth import tables
@@ -26,7 +26,7 @@ VIRTUAL_TIME = True
 USERS = 50
 
 
-async def talk(bench: Bench, shard: Shard, first: int, *, unbind: bool) -> None:
+async def talk(bench: Bench, shard: Partition, first: int, *, unbind: bool) -> None:
     """So many users write, are answered while the bot is shown typing, and perhaps are unbound."""
     for number in range(first, first + USERS):
         bot, user = f"b{number}@im.bot", f"u{number}@im.wechat"
@@ -127,7 +127,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     """Which looks at what is old once in hours: what refers to itself is in memory until then."""
 
     def there() -> int:
-        return sum(isinstance(thing, (Shard, BotPoller, Connection)) for thing in gc.get_objects())
+        return sum(isinstance(thing, (Partition, BotPoller, Connection)) for thing in gc.get_objects())
 
     bench = Bench()
     await bench.bind()
@@ -136,7 +136,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         before = there()
-        shard, session = Shard(1, bench.outbound()), bench.new_poller(BOT)
+        shard, session = Partition(1, bench.parts()), bench.new_poller(BOT)
         connection = Connection()
         connection.connection_made(Wire())
         assert there() == before + 3

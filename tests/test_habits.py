@@ -25,9 +25,10 @@ PRIVATE = {
     "bus/test_multiplexer.py": "_multiplexer",
     "bus/test_objects.py": "_outstanding",
     "bus/test_agent.py": "_number _reader",
+    "bus/test_next.py": "_replicated",
     "ilink/test_connection.py": "_idle",
     "ownership/test_leases.py": "_sightings",
-    "inbound/test_poller.py": "_is_waiting _task",
+    "inbound/test_poller.py": "_waiting",
     "test_supervisor.py": "_is_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
@@ -38,6 +39,7 @@ PRIVATE = {
     " _SECRET_NAME _UNPRINTABLE_IN_JSON _describe_error _publish_command",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
+    "test_schedules_inbound.py": "_apply_entry _others",
     "bindings/test_control.py": "_apply_entry",
     "ilink/test_client.py": "_pool",
     "bus/test_media_service.py": "_upload_ident",

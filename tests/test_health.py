@@ -49,8 +49,7 @@ class Replica:
         shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set(), evict_idle=list)
         supervisor: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
         inspector: Any = self
-        inboxes: Any = SimpleNamespace(set_back="")
-        self.health = Health(edges, NAMES, inspector, inboxes)
+        self.health = Health(edges, NAMES, inspector)
         self.health.on_started()
         self.tasks = [
             asyncio.create_task(self.health.check_jetstream_forever()),

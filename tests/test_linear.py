@@ -16,6 +16,9 @@ import msgspec
 import pytest
 
 import adapter
+from adapter.bridge import commands
+from adapter.bridge.commands import Limits
+from adapter.bridge.texts import closing_fence, split, widen
 from adapter.cli import output, stdin, stored
 from adapter.console import languages, server
 from adapter.content.media import clean_file_name
@@ -26,9 +29,6 @@ from adapter.jetstream import client
 from adapter.kit import json_repair
 from adapter.logins import records
 from adapter.observability import logs
-from adapter.outbound import commands
-from adapter.outbound.commands import Limits
-from adapter.outbound.texts import closing_fence, split, widen
 from tests.hostile import TEXTS, steps
 
 ROOT = Path(adapter.__file__).parent
@@ -116,9 +116,9 @@ TRIED = {
     "logins/records.py": 1,
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
-    "contract/names.py": 5,
-    "outbound/commands.py": 2,
-    "outbound/texts.py": 3,
+    "contract/names.py": 6,
+    "bridge/commands.py": 2,
+    "bridge/texts.py": 3,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {

@@ -42,7 +42,7 @@ def clock() -> Clock:
 def starting(clock: Clock) -> Health:
     edges: Any = SimpleNamespace(clock=clock, metrics=Metrics())
     nothing: Any = SimpleNamespace(altered={}, incomplete=[])
-    return Health(edges, Names(), nothing, nothing)
+    return Health(edges, Names(), nothing)
 
 
 @pytest.fixture

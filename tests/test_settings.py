@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from adapter.bridge.window import SENT_KEPT
 from adapter.environment import read_settings
 from adapter.errors import SettingsError
-from adapter.outbound.window import SENT_KEPT
 from adapter.settings import Settings, split_addr
 
 KEY = base64.b64encode(b"k" * 32).decode()
@@ -129,6 +129,15 @@ def test_a_client_certificate_needs_its_key_and_a_password_its_user(tmp_path: Pa
         "NATS_KEY: expected a value, since NATS_CERT has one",
         "NATS_USER: expected a value, since NATS_PASSWORD has one",
     ]
+
+
+def test_the_inbox_keeps_at_least_a_window_and_an_hour() -> None:
+    """An entry that is gone earlier takes a window with it that is still open."""
+    asked = {"WECHAT_NATS_IN_MAX_AGE_H": "23.9"}
+    expected = "expected at least 24, an hour more than WECHAT_NATS_WINDOW_HOURS, got 23.9"
+    assert refusal(asked) == f"WECHAT_NATS_IN_MAX_AGE_H: {expected}"
+    assert read_settings(asked | {"WECHAT_NATS_WINDOW_HOURS": "22.9"}).in_max_age_h == 23.9
+    assert refusal({"WECHAT_NATS_WINDOW_HOURS": "96"}).startswith("WECHAT_NATS_IN_MAX_AGE_H: expected at least 97")
 
 
 def test_who_asks_for_tls_gets_no_open_websocket(tmp_path: Path) -> None:

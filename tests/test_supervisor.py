@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec.structs import replace
 
+from adapter.bridge import partition as outbound
+from adapter.bridge.poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
-from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
-from adapter.outbound import shard as outbound
 from adapter.ports import Account, Polled
 from adapter.replica.health import observe
 from adapter.replica.supervisor import CUT_S, HANDED_AT_ONCE, Supervisor
@@ -27,7 +27,7 @@ BOTS = 10_000
 STATES = [state for state in State if state is not State.ENDED]
 
 
-class Shard:
+class Partition:
     """In place of a shard that sends: what it is told of changes nothing, and its requests have ended at once."""
 
     tasks = 0
@@ -43,7 +43,7 @@ class Shard:
     async def drain(self, grace_s: float) -> None:
         await self.answered.wait()
 
-    def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None: ...
+    def on_binding(self, before: Binding | None, after: Binding | None) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -58,7 +58,7 @@ class Supervised(Supervisor):
         await self.run(lambda number: self.shard, _consume, self.new_poller)
 
 
-async def _consume(shard: outbound.Shard) -> None: ...
+async def _consume(shard: outbound.Partition) -> None: ...
 
 
 def fails(name: str, detail: str) -> None:
@@ -69,26 +69,33 @@ def no_poller(bot: str) -> BotPoller:
     raise AssertionError(f"{bot} is not polled")
 
 
+async def no_person(binding: Binding) -> None:
+    raise AssertionError(f"{binding.bot} is not polled")
+
+
+def ignored(binding: Binding) -> None: ...
+
+
 def supervisor(
     bench: Bench,
     *,
     leases: FakeLeases | None = None,
     new_poller: Callable[[str], BotPoller] = no_poller,
     capacity: int = BOTS,
-    shard: Shard | None = None,
+    shard: Partition | None = None,
 ) -> Supervised:
     others: Any = bench
     made = Supervised(
         bench.bindings,
         leases or bench.leases,
-        bench.checkpoints,
+        bench.polls,
         others,
         bench.chat,
         bench.clock,
         capacity=capacity,
         on_failed=fails,
     )
-    made.shard, made.new_poller = shard or Shard(), new_poller
+    made.shard, made.new_poller = shard or Partition(), new_poller
     return made
 
 
@@ -123,16 +130,16 @@ def bound(count: int) -> Bench:
 
 def poll(made: Supervisor, bench: Bench, *, every_state: bool = True) -> None:
     """Every binding has a poller; the states go round."""
-    deps = bench.poll_deps()
+    deps = bench.parts()
     for number, binding in enumerate(bench.bindings):
-        session = made.pollers[binding.bot] = BotPoller(binding.bot, deps)
-        session.state = STATES[number % len(STATES)] if every_state else State.POLLING
+        session = made.pollers[binding.bot] = BotPoller(binding.bot, deps, no_person, ignored)
+        session.shown.state = STATES[number % len(STATES)] if every_state else State.POLLING
         session.unanswered_since = bench.clock.monotonic() - (100.0 if number == 7 else 1.0)
 
 
 async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Following) -> None:
     bench = bound(BOTS)
-    made = supervisor(bench, shard=Shard(f"{number:06}@im.bot" for number in range(60)))
+    made = supervisor(bench, shard=Partition(f"{number:06}@im.bot" for number in range(60)))
     empty = bench.metrics.expose()[0]
     poll(made, bench)
     await following(made)
@@ -168,10 +175,10 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     poll(made, bench, every_state=False)
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
-    made.pollers["000007@im.bot"].state = State.NEEDS_LOGIN  # it is not polled, and that is told elsewhere
+    made.pollers["000007@im.bot"].shown.state = State.NEEDS_LOGIN  # it is not polled, and that is told elsewhere
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
-    made.pollers["000007@im.bot"].state = State.PAUSED  # nobody else tells that it should be
+    made.pollers["000007@im.bot"].shown.state = State.PAUSED  # nobody else tells that it should be
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
@@ -186,7 +193,7 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: 
         async def run(self) -> None:
             await over[self.bot].wait()
 
-    made = supervisor(bench, new_poller=lambda bot: Waits(bot, bench.poll_deps()), capacity=1)
+    made = supervisor(bench, new_poller=lambda bot: Waits(bot, bench.parts(), no_person, ignored), capacity=1)
     await following(made)
     assert set(made.pollers) == {first}
     for gone in (first, second):
@@ -206,8 +213,8 @@ async def test_a_change_of_a_binding_cuts_no_poll_of_a_shard_that_is_to_be_given
         def stop(self, *, immediately: bool) -> None:
             cut.append(self.bot)
 
-    shard = Shard()
-    made = supervisor(bench, shard=shard, new_poller=lambda bot: Waits(bot, bench.poll_deps()))
+    shard = Partition()
+    made = supervisor(bench, shard=shard, new_poller=lambda bot: Waits(bot, bench.parts(), no_person, ignored))
     await following(made)
     shard.answered.clear()  # those whose turn it is wait for their requests
     bench.leases.surplus = {shard_of(binding.sandbox) for binding in bench.bindings}
@@ -373,9 +380,9 @@ class Giving(FakeLeases):
         self.surplus = set()
 
 
-async def handing_over(following: Following) -> tuple[Supervised, Giving, Shard, asyncio.Task[None]]:
+async def handing_over(following: Following) -> tuple[Supervised, Giving, Partition, asyncio.Task[None]]:
     """A replica whose only shard goes to another one, which waits for a request that is out."""
-    shard, leases = Shard(), Giving()
+    shard, leases = Partition(), Giving()
     made = supervisor(Bench(), leases=leases, shard=shard)
     run = await following(made)
     shard.answered.clear()
@@ -422,7 +429,7 @@ async def test_a_shard_that_is_claimed_again_before_its_release_is_noticed_works
 
 async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(following: Following) -> None:
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
-    shard, leases = Shard(), Giving()
+    shard, leases = Partition(), Giving()
     made = supervisor(bench, leases=leases, shard=shard, new_poller=bench.new_poller)
     await following(made)
     shard.answered.clear()
@@ -434,4 +441,4 @@ async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(fo
     await asyncio.sleep(1.0)
     assert (leases.released, bench.chat.polling) == (True, 1), "its answer is not lost"
     await asyncio.sleep(70.0)
-    assert ((await bench.checkpoint()).owner, bench.chat.polling) == ("", 0)
+    assert (await bench.owner(), bench.chat.polling) == ("", 0)

@@ -61,12 +61,12 @@ def save(folder: Path, file: MediaFile) -> Path:
             path = first.with_stem(f"{first.stem}-{number}")
 
 
-async def get_media(request: Request, sandbox: str, name: str, *, sequence: int = 0, wait_s: float = 0) -> bytes:
-    """The bytes of an object. `sequence` and `wait_s`: as in MediaQuery. Raises Unreadable if the bytes are not those
+async def get_media(request: Request, sandbox: str, name: str, *, position: str = "", wait_s: float = 0) -> bytes:
+    """The bytes of an object. `position` and `wait_s`: as in MediaQuery. Raises Unreadable if the bytes are not those
     that were stored, and what `request` raises."""
     data, after = bytearray(), 0
     while True:
-        query = MediaQuery(object=name, after=after, sequence=sequence, wait_s=wait_s)
+        query = MediaQuery(object=name, after=after, position=position, wait_s=wait_s)
         piece, headers = await request(f"media.get.{sandbox}", msgspec.json.encode(query), {})
         data += piece
         if H_NEXT not in headers:

@@ -67,7 +67,7 @@ class Program:
         self._stderr = stderr
 
     async def __call__(self, turn: Turn) -> Answer:
-        folder = self._folder / f"{turn.message.sequence}-{os.getpid()}"  # another process may take it over
+        folder = self._folder / f"{turn.message.position}-{os.getpid()}"  # another process may take it over
         received, written = folder / "in", folder / "out"
         try:
             folder.mkdir(mode=0o700, parents=True)
@@ -164,7 +164,7 @@ def _about(turn: Turn) -> dict[str, str]:
         message = msgspec.json.encode(head)
     return {
         "WECHAT_MESSAGE": message.decode(),
-        "WECHAT_SEQUENCE": str(turn.message.sequence),
+        "WECHAT_POSITION": turn.message.position,
         "WECHAT_SESSION": turn.session,
     }
 

@@ -23,7 +23,7 @@ from nats.errors import ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
 from adapter.contract.messages import Inbound, InboundItem, NextPage, NextQuery
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_POSITION, Names, read_position
 from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary
 from adapter.kit.timing import ChangeSignal, backoff
 
@@ -42,6 +42,8 @@ TICK_S = 1.0
 CLOSE_S = 2.0
 BUSY = ("429", "500", "503")
 """Error codes of a service that is to be asked again later."""
+NONE = (0, 0)
+"""Before every position."""
 T = TypeVar("T")
 KINDS = {str(kind.__struct_config__.tag) for kind in get_args(InboundItem)}
 
@@ -87,14 +89,14 @@ class Reader:
         self._ready = ready
         self._number: int | None = None
         """What the adapter calls this reader; None: it has not answered yet."""
-        self._newest = 0
-        """The last sequence that was read."""
-        self._open: dict[int, Inbound | None] = {}
-        """The messages from the first unfinished one on, by sequence; None: finished."""
-        self._handed_out = 0
-        self._finished = self._confirmed = 0
-        """All messages up to this sequence are finished, and confirmed."""
-        self._gone_before = 0
+        self._newest = NONE
+        """Position of the last message that was read."""
+        self._open: dict[str, Inbound | None] = {}
+        """The messages from the first unfinished one on, by position; None: finished."""
+        self._handed_out = NONE
+        self._finished = self._confirmed = ""
+        """All messages up to this position are finished, and confirmed; "": none."""
+        self._gone_before = NONE
         self._rang = True
         self._changed = ChangeSignal()
         self._answered: asyncio.Future[None] | None = None
@@ -121,25 +123,31 @@ class Reader:
         await self._changed.wait_until(lambda: not self._open, GATHER_S)
 
     def _has_cause(self) -> bool:
-        return self._rang or self._finished > self._confirmed
+        return self._rang or self._finished != self._confirmed
 
     async def _ask(self) -> None:
         """One request. Raises Temporary if it is to be repeated, Refused."""
         await self._ready()  # nats-py would keep the request, and send it later
         after = self._finished
         self._answered = asyncio.get_running_loop().create_future()
-        query = NextQuery(reader=self._number, after=after if self._number and after else None, max=WINDOW)
+        query = NextQuery(reader=self._number, after=(after or None) if self._number else None, max=WINDOW)
         try:
             async with asyncio.timeout(ANSWER_S):
                 await self._nc.publish(self._subject, msgspec.json.encode(query), reply=self._reply)
                 await self._answered
         except (TimeoutError, ConnectionReconnectingError) as exc:
             raise Temporary("no_answer", "There was no answer in time.") from exc
-        self._confirmed = max(self._confirmed, after)
+        self._confirmed = after
 
-    async def _on_ring(self, _: Msg) -> None:
-        self._rang = True
-        self._changed.notify_all()
+    async def _on_ring(self, msg: Msg) -> None:
+        """A message without a position is not the adapter's, and one that was read needs no request."""
+        try:
+            is_new = read_position((msg.headers or {}).get(H_POSITION, "")) > self._newest
+        except Refused:
+            return
+        if is_new:
+            self._rang = True
+            self._changed.notify_all()
 
     async def _on_answer(self, msg: Msg) -> None:
         """Also takes the late answer to a request that was repeated: it may have made this reader a newer one."""
@@ -167,37 +175,37 @@ class Reader:
         except UNDECODABLE as exc:
             raise Temporary("unreadable", type(exc).__name__) from exc
         self._number = max(self._number or 0, page.reader)
-        if page.first > max(self._gone_before, self._newest):
-            self._gone_before = page.first
+        if page.first and (first := read_position(page.first)) > max(self._gone_before, self._newest):
+            self._gone_before = first
             log.warning("sandbox.gap", first=page.first, detail="Older messages were dropped before they were read.")
         for handed in page.messages:
-            if handed.sequence > self._newest:
-                self._newest = handed.sequence
+            if (place := read_position(handed.position)) > self._newest:
+                self._newest = place
                 try:
-                    self._open[handed.sequence] = read_inbound(handed.message)
+                    self._open[handed.position] = read_inbound(handed.message)
                 except UNDECODABLE:
-                    self._open[handed.sequence] = None
+                    self._open[handed.position] = None
                     detail = "A message of a later version is skipped."
-                    log.error("sandbox.unreadable", sequence=handed.sequence, detail=detail)
+                    log.error("sandbox.unreadable", position=handed.position, detail=detail)
         self._note_finished()
 
-    async def next_message(self) -> tuple[int, Inbound]:
-        """The oldest message that was not handed out, and its sequence."""
+    async def next_message(self) -> tuple[str, Inbound]:
+        """The oldest message that was not handed out, and its position."""
         while True:
-            for sequence, inbound in self._open.items():
-                if sequence > self._handed_out and inbound is not None:
-                    self._handed_out = sequence
-                    return sequence, inbound
+            for position, inbound in self._open.items():
+                if inbound is not None and (place := read_position(position)) > self._handed_out:
+                    self._handed_out = place
+                    return position, inbound
             newest = self._newest
             await self._changed.wait_until(lambda: self._newest > newest)  # noqa: B023
 
     def rewind(self) -> None:
         """Hands out the unfinished messages again."""
-        self._handed_out = 0
+        self._handed_out = NONE
 
-    def finish(self, sequence: int) -> None:
+    def finish(self, position: str) -> None:
         """The message is handled. It is confirmed with the next request, once all before it are finished."""
-        self._open[sequence] = None
+        self._open[position] = None
         self._note_finished()
 
     def _note_finished(self) -> None:
@@ -208,7 +216,7 @@ class Reader:
 
     async def close(self) -> None:
         """Confirms what is finished, unless the connection is away. Call it after `run` has ended."""
-        if self._finished > self._confirmed and self._nc.is_connected:
+        if self._finished != self._confirmed and self._nc.is_connected:
             with contextlib.suppress(AdapterError, NatsError, TimeoutError):
                 async with asyncio.timeout(CLOSE_S):
                     await self._ask()

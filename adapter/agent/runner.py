@@ -24,10 +24,10 @@ from nats.errors import Error as NatsError
 from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
 from adapter.agent.texts import command_of
+from adapter.bridge.texts import closing_fence
 from adapter.contract.messages import Outbound, OutItem, Receipt
 from adapter.contract.names import digest
 from adapter.errors import AdapterError, Temporary
-from adapter.outbound.texts import closing_fence
 
 log = structlog.get_logger()
 

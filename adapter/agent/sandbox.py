@@ -103,11 +103,11 @@ class SendWindows:
 class Message:
     """A message of a user, and the replies to it."""
 
-    def __init__(self, sandbox: Sandbox, sequence: int, inbound: Inbound) -> None:
+    def __init__(self, sandbox: Sandbox, position: str, inbound: Inbound) -> None:
         self.inbound = inbound
         """The message as on the bus, with items, quote and window."""
-        self.sequence = sequence
-        """Its stream sequence."""
+        self.position = position
+        """Its place in the inbox."""
         self.sandbox = sandbox
         self._replies = 0
 
@@ -133,8 +133,8 @@ class Message:
             raise Refused(getattr(item, "reason", "") or "no_media", "The item has no media.")
         if isinstance(item, VoiceItem) and item.wav is not None:
             with contextlib.suppress(Refused):  # it could not be converted: as it was recorded, then
-                return await self.sandbox.read_media(item.wav.object, self.sequence)
-        return await self.sandbox.read_media(media.object, self.sequence)
+                return await self.sandbox.read_media(item.wav.object, self.position)
+        return await self.sandbox.read_media(media.object, self.position)
 
     async def media(self, room: float = math.inf) -> AsyncIterator[MediaFile]:
         """All items but texts, with their bytes, of at most `room` bytes together. Bytes that cannot be had are left
@@ -243,7 +243,7 @@ class Sandbox:
         while True:
             message = await self._next()
             yield message
-            self._reader.finish(message.sequence)
+            self._reader.finish(message.position)
 
     async def run(self, handler: Handler, *, lane: Callable[[Message], Hashable] = lambda m: m.user) -> None:
         """Handles messages until cancelled: those of one lane (default: one user) one after the other, and lanes in
@@ -261,7 +261,7 @@ class Sandbox:
                     raise_if_cancelled()
                     await message.reply(self.texts.sorry, key="sorry")  # which raises what ends this agent
                     log.exception("agent.crashed", message=message.id)
-                self._reader.finish(lanes[key].popleft().sequence)
+                self._reader.finish(lanes[key].popleft().position)
             del lanes[key]
 
         try:
@@ -341,9 +341,9 @@ class Sandbox:
         else:
             await self._nc.publish(self._names.svc(f"send.{self.name}"), payload, reply=self._nc.new_inbox())
 
-    async def read_media(self, name: str, sequence: int) -> bytes:
-        """The bytes of an object that the message with this sequence names; see `Message.read_media`."""
-        return await get_media(self._connection.request, self.name, name, sequence=sequence, wait_s=MEDIA_WAIT_S)
+    async def read_media(self, name: str, position: str) -> bytes:
+        """The bytes of an object that the message at this position names; see `Message.read_media`."""
+        return await get_media(self._connection.request, self.name, name, position=position, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
         """Stores bytes for an item that `item_of` does not make, such as one with a caption. Waits up to an hour for

@@ -135,7 +135,7 @@ async def _event(turn: Turn) -> bytes:
         item = next(shown)
         if file.data:
             item |= {"data": base64.b64encode(file.data).decode(), "mime": identify(file.data).mime}
-    event = {"type": "wechat.message", "session": turn.session, "sequence": turn.message.sequence, "data": data}
+    event = {"type": "wechat.message", "session": turn.session, "position": turn.message.position, "data": data}
     return msgspec.json.encode(event)
 
 

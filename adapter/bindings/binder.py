@@ -1,21 +1,22 @@
 """What control commands change: binds and unbinds bots, erases persons, and publishes the events of that.
 
 A bot leaves a sandbox in these steps, so that the next person gets nothing of the former one: its binding is marked
-as closing; the shard's owner releases the bot, ends the commands of its user and confirms; if nobody stays, the inbox
-is emptied; the binding is deleted. Each step may be repeated, and goes on where an earlier run has ended.
+as closing; the shard's owner releases the bot, ends the commands of its person, stores the end of the person's time
+and confirms; the binding is deleted. Each step may be repeated, and goes on where an earlier run has ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol
 
 import structlog
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
-from adapter.contract.names import Names, check_sandbox
-from adapter.contract.records import Binding
+from adapter.contract.names import Names, check_sandbox, person_token
+from adapter.contract.records import Binding, PersonKey
 from adapter.errors import BusRefused, Refused
 from adapter.kit.persist import Owner
 from adapter.kit.timing import Clock
@@ -27,6 +28,14 @@ log = structlog.get_logger()
 
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 """The ends of all known ids of iLink."""
+
+
+class Persons(Protocol):
+    """The ends of persons' times, as `bridge.persons.Persons`."""
+
+    def end(self, key: PersonKey, *, erased: bool = False) -> Awaitable[None]: ...
+
+    def forget(self, key: PersonKey) -> Awaitable[None]: ...
 
 
 class Binder:
@@ -42,20 +51,19 @@ class Binder:
         names: Names,
         chat: Chat,
         sealer: Sealer,
-        skip_inbox: Callable[[str, int], Awaitable[object]],
+        persons: Persons,
         erase: Callable[[Erase], Awaitable[ControlAnswer]],
         owner: Owner,
         clock: Clock,
     ) -> None:
-        """`skip_inbox(sandbox, sequence)`: messages up to it are handed out no more. `erase`: deletes what is stored
-        of a person whom no bot serves."""
+        """`erase`: deletes what is stored of a person whom no bot serves."""
         self._bindings = bindings
         self._events = events
         self._history = history
         self._names = names
         self._chat = chat
         self._sealer = sealer
-        self._skip_inbox = skip_inbox
+        self._persons = persons
         self._erase_stored = erase
         self._owner = owner
         self._clock = clock
@@ -81,18 +89,19 @@ class Binder:
             bound=number,
             start_cursor=self._sealed_start_cursor(command, before),
         )
-        same_user = [
-            each for each in self._bindings.of_sandbox(sandbox) if binding.user and each.user == binding.user
-        ]
-        replaced = [each for each in same_user if each.bot != command.bot]
-        moved = before if before is not None and before.sandbox != sandbox else None
-        if moved is not None:
-            await self._leave(moved.sandbox, [moved], command, number, reason="moved")
-        serving = self._bindings.serving_sandbox(sandbox)
-        known = next((other for other in serving if _is_same_person(other, binding)), None)
-        # read right before the write: what is stored until then was not meant for this person
-        out_after = known.out_after if known is not None else await self._last_command()
-        binding = structs.replace(binding, out_after=out_after)
+        same = [each for each in self._bindings.serving_sandbox(sandbox) if _is_same_person(each, binding)]
+        named = person_token(sandbox, binding.user or binding.bot)
+        known = min(same, key=lambda each: (each.person != named, each.bot != command.bot), default=None)
+        replaced = [each for each in same if known and each.key == known.key and each.bot != command.bot]
+        former = before if before is not None and (known is None or before.key != known.key) else None
+        if former is not None:  # it serves another person from now on
+            await self._leave(former.sandbox, [former], command, number, reason="moved")
+        if known is not None:
+            person, since, out_after = known.person, known.since, known.out_after
+        else:
+            # read right before the write: what is stored until then was not meant for this person
+            person, since, out_after = named, number, await self._last_command()
+        binding = structs.replace(binding, person=person, since=since, out_after=out_after)
         is_new = before is None or not self._is_unchanged(before, binding)
         if is_new:
             await self._bindings.put(binding, self._owner.check)
@@ -104,7 +113,7 @@ class Binder:
             id=command.id or "",
             bindings=[binding.info()],
             replaced=[other.bot for other in replaced],
-            moved_from=moved.sandbox if moved is not None else "",
+            moved_from=former.sandbox if former is not None and former.sandbox != sandbox else "",
         )
 
     def _open_token(self, command: Bind) -> str:
@@ -165,14 +174,15 @@ class Binder:
         await self._close(bound, number)
         for sandbox in sandboxes:
             await self._exclude_earlier_commands(sandbox, bound)
+        for key in self._persons_of(bound):
+            await self._persons.end(key, erased=True)
         await self._announce(bound, "unbound", command)  # its event is erased, too
         try:
             answer = await self._erase_stored(command)
-            for sandbox in sandboxes:
-                await self._empty_inbox(sandbox, bound)
         except BusRefused as exc:
             advice = f"The erasure is not complete ({exc.reason}): erase again."
             answer = ControlAnswer(ok=False, id=command.id or "", error=advice)
+        await self._forget_persons(bound)
         await self._delete(bound)  # last: an erasure that is cut finds them again
         return structs.replace(answer, bindings=[binding.info() for binding in bound])
 
@@ -181,7 +191,10 @@ class Binder:
         for binding in [each for each in self._bindings if each.closing == number]:
             await self._bindings.update(
                 binding.bot,
-                lambda now: structs.replace(now, closing=None, closed=None) if now.closing == number else None,
+                # the end of their time may be stored: a new one begins
+                lambda now: (
+                    structs.replace(now, closing=None, closed=None, since=number) if now.closing == number else None
+                ),
             )
 
     def _ensure_known(self, sandboxes: Collection[str]) -> None:
@@ -209,7 +222,7 @@ class Binder:
         """Ends the service of bots in a sandbox, whose bindings stay closed."""
         await self._close(leaving, number)
         await self._exclude_earlier_commands(sandbox, leaving)
-        await self._empty_inbox(sandbox, leaving)
+        await self._forget_persons(leaving)
         await self._announce(leaving, "unbound", command, reason=reason)
 
     async def _close(self, leaving: Collection[Binding], number: int) -> None:
@@ -236,16 +249,16 @@ class Binder:
             for binding in stays:
                 await self._bindings.update(binding.bot, lambda now: structs.replace(now, out_after=out_after))
 
-    async def _empty_inbox(self, sandbox: str, leaving: Collection[Binding]) -> None:
-        """Deletes the messages of a sandbox if nobody stays there."""
-        if self._staying(sandbox, leaving):
-            return
-        stream, inbox = self._names.stream_in, self._names.inbox(sandbox)
-        last = await self._history.read_last(stream, inbox)
-        self._owner.check()  # the wait before may have been long, and another person be bound
-        if last is not None:
-            await self._skip_inbox(sandbox, last.seq)  # an answer that is being made has nothing of it
-            await self._history.purge(stream, inbox, up_to=last.seq)
+    def _persons_of(self, leaving: Collection[Binding]) -> list[PersonKey]:
+        """The persons whom no other bot serves."""
+        staying = {each.key for binding in leaving for each in self._staying(binding.sandbox, leaving)}
+        return [key for key in dict.fromkeys(binding.key for binding in leaving) if key not in staying]
+
+    async def _forget_persons(self, leaving: Collection[Binding]) -> None:
+        """Deletes what is left of persons whom no other bot serves."""
+        for key in self._persons_of(leaving):
+            self._owner.check()  # the wait before may have been long
+            await self._persons.forget(key)
 
     async def _delete(self, leaving: Collection[Binding]) -> None:
         for binding in leaving:

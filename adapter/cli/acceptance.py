@@ -30,7 +30,8 @@ from adapter.cli.send import PIECE_S, WAIT_S, wait_outcome
 from adapter.content.media import identify
 from adapter.contract import messages as contract
 from adapter.contract.messages import Inbound, Media, Outbound, OutFile, OutImage, OutVideo
-from adapter.contract.names import H_MSG_ID, H_SCHEMA
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, position
+from adapter.contract.records import ALL
 from adapter.errors import UNDECODABLE, AdapterError
 
 LOOK_S = 0.3
@@ -52,7 +53,7 @@ hand; no agent may answer in this sandbox meanwhile. Start the adapter so that
 it holds nothing back:
 
   WECHAT_NATS_PART_CHARS=4000 WECHAT_NATS_PART_BYTES=16384 \\
-  WECHAT_NATS_SENDS_PER_WINDOW=0 WECHAT_NATS_WINDOW_HOURS=72 \\
+  WECHAT_NATS_SENDS_PER_WINDOW=0 WECHAT_NATS_WINDOW_HOURS=71 \\
   wechat-nats run --embedded
 
 s and Enter skips a step; ctrl-C ends, and the same command goes on from there."""
@@ -69,15 +70,15 @@ class Undone(Exception):
 class Walk:
     """What the steps ask of the person and of the adapter."""
 
-    def __init__(self, bus: BusConnection, sandbox: str, typed: AsyncIterator[str], after: int) -> None:
-        """`after`: the messages in the stream up to this sequence are old."""
+    def __init__(self, bus: BusConnection, sandbox: str, typed: AsyncIterator[str], after: str) -> None:
+        """`after`: the messages in the stream up to this position are old."""
         self.bus, self.sandbox, self.typed = bus, sandbox, typed
         self.facts: Facts = {}
         """Of the present step."""
         self._may_send = False
         """Whether the person has written since the last send that was not accepted."""
         self._after = after
-        self._came: deque[tuple[int, Inbound]] = deque()
+        self._came: deque[tuple[str, Inbound]] = deque()
         self._line: asyncio.Future[str | None] | None = None
 
     async def line(self, timeout_s: float | None = None) -> str:
@@ -113,8 +114,8 @@ class Walk:
         query = contract.ReplayQuery(after=self._after)
         page = await self.bus.request_service(f"replay.{self.sandbox}", query, contract.ReplayPage)
         for each in page.messages:
-            self._after, self._may_send = each.seq, True
-            self._came.append((each.seq, read_inbound(each.message)))
+            self._after, self._may_send = each.position, True
+            self._came.append((each.position, read_inbound(each.message)))
 
     async def forget(self) -> None:
         """What has come so far was not asked for. Raises Failed."""
@@ -123,20 +124,20 @@ class Walk:
 
     async def hears(
         self, request: str, fits: Callable[[Inbound], object] = bool, *, fresh: bool = True
-    ) -> tuple[int, Inbound]:
-        """A message that the person is asked for, and its sequence. `fresh`: none that came before. Raises Undone,
+    ) -> tuple[str, Inbound]:
+        """A message that the person is asked for, and its position. `fresh`: none that came before. Raises Undone,
         Failed."""
         if fresh:
             await self.forget()
         say(f"  > {request}")
         while True:
             while self._came:
-                sequence, message = self._came.popleft()
+                position, message = self._came.popleft()
                 kinds = "+".join(str(item.__struct_config__.tag) for item in message.items) or "nothing"
                 self.facts["came"] = kinds
                 say(f"    Came: {kinds}.")
                 if fits(message) or await self.answer("Is that what you sent?", "y/n/s", "y|n") == "y":
-                    return sequence, message
+                    return position, message
             await self._look()
             if not self._came:
                 await self.line(LOOK_S)
@@ -173,12 +174,12 @@ class Walk:
 
     async def receives(self, kind: str, request: str) -> tuple[Inbound, bytes]:
         """A message with media that the person sends, and their bytes. Raises Undone, Failed."""
-        sequence, message = await self.hears(request, lambda message: media_of(message, kind))
+        position, message = await self.hears(request, lambda message: media_of(message, kind))
         data = b""
         try:
             if media := media_of(message, kind):
                 asking = partial(self.bus.ask, timeout_s=PIECE_S)
-                data = await get_media(asking, self.sandbox, media.object, sequence=sequence, wait_s=WAIT_S)
+                data = await get_media(asking, self.sandbox, media.object, position=position, wait_s=WAIT_S)
         except (Failed, AdapterError) as exc:
             say(f"    {output.printable(exc)}")
         told = media.size if media else 0
@@ -377,7 +378,7 @@ async def acceptance(
     async with connected_bus(lasting=True) as bus:
         await bus.check_subscribed()
         stream = await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}")
-        walk = Walk(bus, sandbox, stdin.lines(), stream["state"]["last_seq"])
+        walk = Walk(bus, sandbox, stdin.lines(), position(stream["state"]["last_seq"], ALL))
         try:
             for place, (name, step) in enumerate(STEPS.items(), 1):
                 is_done = name in report.steps and report.steps[name].status == "done"

@@ -206,7 +206,7 @@ async def agent(
 
     Messages of one user are answered one after the other, those of several at once; a message is finished when its
     answer is stored. Users steer by /new, which begins a new session, /stop, which ends the run under way, and
-    /help. A program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its
+    /help. A program has WECHAT_MESSAGE, the message as JSON, WECHAT_POSITION and WECHAT_SESSION in its
     environment, and two folders: WECHAT_FILES has the user's files, and files in WECHAT_OUT are sent. It has no
     variable whose name begins with NATS_ or WECHAT_NATS_.
     Runs until SIGTERM or ctrl-C (exit code 0); what is in work then comes again after the next start. Ends with exit

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
 from adapter.bindings.registry import count_stored_tokens, reseal_tokens
-from adapter.cli import output, permission_checks
+from adapter.cli import inboxes, output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
@@ -23,7 +23,6 @@ from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import CheckState, Finding
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
-from adapter.inbound.restored import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.copies import lacking_copies, sentences
@@ -90,8 +89,9 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
-        sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
-        checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
+        stored = {"tokens": _check_tokens(bus), "readers": _check_readers(bus), "persons": _check_persons(bus)}
+        # they time out where this user may not read
+        checks += itertools.chain(*await asyncio.gather(*(_attempt(name, check) for name, check in stored.items())))
     there = await query_adapters(bus)
     checks.append(_check_adapters(there))
     if checks[-1].state != "fail":
@@ -201,32 +201,53 @@ async def _check_tokens(bus: BusConnection) -> list[Finding]:
     except Temporary:
         said = "this user cannot read how they are stored; adapters look at their start"
         return [Finding("tokens", "ok", said)]
+    older = "use --fix before you take the older key away"
+    return [_sealing(bus, "tokens", found, older=older, foreign="bind those bots anew")]
+
+
+def _sealing(bus: BusConnection, check: str, found: Counter[Sealing], *, older: str, foreign: str) -> Finding:
+    """What to do about keys that are older, or foreign."""
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
     if found["foreign"] and bus.settings.token_key:
-        advice = "set that key too, after the first, or bind those bots anew"
-        return [Finding("tokens", "fail", f"{said}: {advice}.")]
+        return Finding(check, "fail", f"{said}: set that key too, after the first, or {foreign}.")
     if found["foreign"]:  # whoever operates the bus need not have the key
         advice = "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"
-        return [Finding("tokens", "warn", f"{said}: {advice}.")]
-    if found["older"]:
-        return [Finding("tokens", "warn", f"{said}: use --fix before you take the older key away.")]
-    return [Finding("tokens", "ok", said)]
+        return Finding(check, "warn", f"{said}: {advice}.")
+    return Finding(check, "warn", f"{said}: {older}.") if found["older"] else Finding(check, "ok", said)
 
 
-async def _check_positions(bus: BusConnection) -> list[Finding]:
-    """Whether the stream of the inboxes has reached what bots, users and agents know of it."""
+async def _check_readers(bus: BusConnection) -> list[Finding]:
+    """Whether the stream of the inboxes has reached what agents have read of it."""
     try:
-        above, unopened = await find_above(bus.history, bus.names, Sealer(bus.settings.token_key))
+        above = await inboxes.find_readers_above(bus)
     except Temporary:
-        return [Finding("positions", "ok", "this user cannot read them; adapters look at them")]
-    if above:
-        said = f"{len(above)} are above the last sequence of {bus.names.stream_in}, which was set back:"
-        said += " nothing is polled, sent or read there. Stop the adapters, use --fix, start them."
-        return [Finding("positions", "fail", said)]
-    if unopened:
-        said = f"{unopened} cannot be told, and --fix does not lower them: their key is not in {PREFIX}TOKEN_KEY here"
-        return [Finding("positions", "warn", f"{said}, or they are damaged.")]
-    return [Finding("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
+        return [Finding("readers", "ok", "this user cannot read their places; adapters look at them")]
+    stream = bus.names.stream_in
+    if not above:
+        return [Finding("readers", "ok", f"none is above the last sequence of {stream}")]
+    said = f"{output.some_of([one.sandbox for one in above])}: above the last sequence of {stream}, which was"
+    said += " set back: they are given nothing. Stop the adapters, use --fix, start them."
+    return [Finding("readers", "fail", said)]
+
+
+async def _check_persons(bus: BusConnection) -> list[Finding]:
+    """Which keys persons need, and whether there are entries of persons whom no binding has."""
+    try:
+        found = await inboxes.read_inboxes(bus)
+        gone = await inboxes.unserved(bus, found)
+        sealing = await inboxes.count_persons(bus, found, Sealer(bus.settings.token_key))
+    except Temporary:
+        return [Finding("persons", "ok", "this user cannot read what is stored of them")]
+    older = "keep the older key until there are none, and for as long as messages are kept"
+    checks = [_sealing(bus, "persons", sealing, older=older, foreign="unbind and bind them")]
+    if gone:
+        said = f"{_entries_of(gone)} whom no binding has, as after a restore: --fix deletes them."
+        checks.append(Finding("persons", "warn", said))
+    return checks
+
+
+def _entries_of(found: list[inboxes.Inbox]) -> str:
+    return f"{sum(count for count, _ in found):,} entries of {len(found):,} persons"
 
 
 def _short(value: Any) -> str:
@@ -350,13 +371,16 @@ async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: 
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
-        above, _ = await find_above(bus.history, names, sealer)
-        if above:
-            say(f"lowering {len(above)} positions to the last sequence of {names.stream_in}")
+        if above := await inboxes.find_readers_above(bus):
+            sandboxes = output.some_of([one.sandbox for one in above])
+            say(f"setting the readers of {sandboxes} to the last sequence of {names.stream_in}")
         for one in above:
             with contextlib.suppress(Conflict):  # by an adapter that runs, which is told by the check after it
-                bucket = LeaderKvBucket(connection, one.bucket, ttl_s=one.ttl_s)
-                await bucket.write(one.key, one.value, one.revision)
+                bucket = LeaderKvBucket(connection, names.readers, ttl_s=one.ttl_s)
+                await bucket.write(one.sandbox, one.value, one.revision)
+        if gone := await inboxes.unserved(bus, await inboxes.read_inboxes(bus)):
+            say(f"deleting {_entries_of(gone)} whom no binding has")
+        await inboxes.purge(bus, gone)
         return left
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter
 
+from adapter.bridge.commands import Limits, command_id, salvage_ids
+from adapter.bridge.entries import messages_of
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK
@@ -25,7 +28,6 @@ from adapter.contract.names import (
     stream_of,
 )
 from adapter.errors import UNDECODABLE
-from adapter.outbound.commands import Limits, command_id, salvage_ids
 from adapter.ports import StoredMessage
 
 TRACE_COLUMNS = ("time", "step", "id", "seq", "what", "text")
@@ -96,25 +98,45 @@ async def _find_steps(bus: BusConnection, sandbox: str, ident: str, *, texts: bo
             ids.add(str(stored.seq))  # where a command has no other id
         return stored if ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id) else None
 
-    inbox = names.stream_in, names.inbox(sandbox)
     found: list[StoredMessage] = []
     for stream, subject in (
-        inbox,
         (names.stream_event, names.receipts(sandbox)),
         (names.stream_out, names.out_of_sandbox(sandbox)),
         (names.stream_out, names.out_plain),
         (names.stream_dead, names.dead_letters("*")),
     ):
         found += await bus.read_stored(stream, subject, keep=if_part)
-    answered = {_body(stored).reply_to for stored in found} - {ident, None, ""}
-    if answered:  # of a command, the message
-        found += await bus.read_stored(
-            *inbox, keep=lambda stored: stored if stored.headers.get(H_MSG_ID) in answered else None
-        )
-    steps = [step for stored in found for step in _steps_of(names, stored, ident, texts=texts)]
+    idents = {ident, *(_body(stored).reply_to or ident for stored in found)}  # of a command, the message
+    entries = await bus.read_stored(names.stream_in, names.inbox(sandbox), keep=lambda stored: stored)
+    steps = [step for stored in entries for step in _said_in(stored, names.stream_in, idents, texts=texts)]
+    steps += [step for stored in found for step in _steps_of(names, stored, ident, texts=texts)]
     once = {(step.step, step.id, step.stream, step.sequence): step for step in steps}  # each receipt has its command
     # a dead letter precedes its receipt
     return sorted(once.values(), key=lambda step: (step.at_ms, step.step == "receipt"))
+
+
+def _said_in(stored: StoredMessage, stream: str, idents: Collection[str], *, texts: bool) -> list[Step]:
+    """What an entry has of these messages."""
+    steps = []
+    for raw in messages_of(stored.data):
+        try:
+            inbound = msgspec.json.decode(raw, type=Inbound)
+        except UNDECODABLE:
+            continue
+        if inbound.id in idents:
+            said = Step(
+                at_ms=min(inbound.sent_at_ms or inbound.received_at_ms, stored.time_ms),
+                step="said",
+                id=inbound.id,
+                stream=stream,
+                sequence=stored.seq,
+                what=f"{', '.join(map(kind_of, inbound.items))} by {inbound.user} to {inbound.bot}",
+                traceparent=derive_traceparent(inbound.id),
+                text=inbound.text if texts else None,
+            )
+            stays = {"at_ms": stored.time_ms, "step": "published", "what": "in the inbox", "text": None}
+            steps += [said, msgspec.structs.replace(said, **stays)]
+    return steps
 
 
 def _steps_of(names: Names, stored: StoredMessage, ident: str, *, texts: bool) -> list[Step]:
@@ -134,13 +156,6 @@ def _steps_of(names: Names, stored: StoredMessage, ident: str, *, texts: bool) -
         if stream == names.stream_out:
             body = stored.data.decode(errors="backslashreplace") if texts else None
             return [replace(this, step="command", id=_command_id(stored), what="waits", text=body)]
-        if stream == names.stream_in:
-            inbound = msgspec.json.decode(stored.data, type=Inbound)
-            what = f"{', '.join(map(kind_of, inbound.items))} by {inbound.user} to {inbound.bot}"
-            text = inbound.text if texts else None
-            said_ms = min(inbound.sent_at_ms or inbound.received_at_ms, stored.time_ms)
-            said = replace(this, at_ms=said_ms, step="said", id=inbound.id, what=what, text=text)
-            return [said, replace(this, step="published", id=inbound.id, what="in the inbox")]
         receipt = msgspec.json.decode(stored.data, type=Receipt)
         told = replace(this, step="receipt", id=receipt.command, what=describe(receipt))
         sent = {"at_ms": receipt.received_at_ms, "stream": names.stream_out, "sequence": receipt.sequence}

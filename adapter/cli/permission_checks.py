@@ -92,7 +92,7 @@ def foreign_grants(names: Names) -> Grants:
     ask = [names.svc(verb) for verb in ("bindings.list", "replay", "window", "replay.doctor", "window.doctor")]
     api = ["INFO", "STREAM.NAMES", *(f"STREAM.INFO.{s}" for s in streams(names)), f"DIRECT.GET.{names.stream_in}"]
     subscribe = [names.live("*"), names.event("*", "*"), names.inbox("*"), f"{names.out_plain}.>", names.svc(">")]
-    subscribe += [f"$KV.{names.bindings}.>", "$KV.>", "$O.>", "$SRV.>", "$JS.API.>", "_INBOX.>"]
+    subscribe += [names.polled(), f"$KV.{names.bindings}.>", "$KV.>", "$O.>", "$SRV.>", "$JS.API.>", "_INBOX.>"]
     subscribe += [f"{names.prefix}.>", ">"]
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(subscribe))
 

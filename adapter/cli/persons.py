@@ -79,8 +79,8 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     """Print everything of one person as JSON, a line for each message or record.
 
     It reads buckets that are closed to operators: run it with the adapter's credentials. What opens something
-    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown; conversations and inbound
-    dead letters are opened with WECHAT_NATS_TOKEN_KEY. The lines hold what people wrote: guard them as such.
+    (tokens, cursors, keys) is masked. The record of a person and inbound dead letters are sealed: they are opened
+    with WECHAT_NATS_TOKEN_KEY. The lines hold what people wrote: guard them as such.
     """
     async with connected_bus() as bus:
 
@@ -94,7 +94,7 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
 
 def _as_line(bus: BusConnection, found: Found) -> dict[str, Any]:
     stored = found.stored
-    line = {
+    return {
         "kind": found.kind,
         "stream": found.stream,
         "sequence": stored.seq,
@@ -102,8 +102,8 @@ def _as_line(bus: BusConnection, found: Found) -> dict[str, Any]:
         "stored_ms": stored.time_ms,
         "sandbox": found.sandbox,
         "size": len(stored.data),
+        "content": _content(bus, found),
     }
-    return line | ({} if found.kind == "checkpoint" else {"content": _content(bus, found)})
 
 
 def _content(bus: BusConnection, found: Found) -> Any:

@@ -195,13 +195,12 @@ async def get(
     to: Annotated[str, Parameter(allow_leading_hyphen=True, help="File to write; -: standard output.")],
     /,
     *,
-    sequence: Annotated[
-        int,
+    position: Annotated[
+        str,
         Parameter(
-            metavar="NUMBER",
-            help="Sequence of the message in its stream: waits for media that are not stored yet.",
+            metavar="POSITION", help="The message's position in the inbox: waits for media that are not stored yet."
         ),
-    ] = 0,
+    ] = "",
     force: Annotated[bool, flag("Overwrite the file.")] = False,
 ) -> int:
     """Fetch an object and check its digest. The bytes are what a person sent: treat them as private."""
@@ -212,7 +211,7 @@ async def get(
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
         asking = partial(bus.ask, timeout_s=PIECE_S)
-        data = await get_media(asking, sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0)
+        data = await get_media(asking, sandbox, name, position=position, wait_s=WAIT_S if position else 0)
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import App, Parameter
 
+from adapter.bridge.persons import open_state
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
-from adapter.errors import UNDECODABLE, Refused
-from adapter.outbound.store import open_record
+from adapter.errors import UNDECODABLE, RecordTooNew, Refused
 from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
@@ -23,7 +23,8 @@ from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_mess
 queue = App(name="queue", help="Commands that wait to be sent: delete.")
 dead = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 
-_SECRET_NAME = re.compile(r"token|secret|authorization|aes_?key", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"token|secret|authorization|aes_?key|cursor|sealed", re.IGNORECASE)
+"""A cursor has the bot's token in it."""
 MASK = "***"
 DEAD_COLUMNS = ("seq", "time", "sandbox", "stream", "reason", "detail", "size")
 
@@ -144,16 +145,16 @@ async def _letter(bus: BusConnection, seq: int) -> StoredMessage | None:
 def readable_body(bus: BusConnection, stored: StoredMessage) -> str:
     """The body of a message with its secrets masked. A sealed one is opened; a sentence says if that fails."""
     names, data, sealer = bus.names, stored.data, Sealer(bus.settings.token_key)
-    conversations = f"$KV.{names.conversations}."
+    persons = f"$KV.{names.persons}."
     try:
         if stored.subject == names.dead_letters(names.stream_in):
             data = sealer.open_bytes(dead_context(stored.headers.get(H_MSG_ID, "")), data)
-        elif stored.subject.startswith(conversations):
-            record = open_record(stored.subject.removeprefix(conversations), data, sealer)
-            data = msgspec.json.encode(record)
+        elif stored.subject.startswith(persons):
+            _, state = open_state(stored.subject.removeprefix(persons), data, sealer)
+            data = msgspec.json.encode(state)
     except Refused as exc:
         return f"(withheld: {exc.detail})"
-    except UNDECODABLE:
+    except (RecordTooNew, *UNDECODABLE):
         return "(withheld: a newer version wrote it, or it is damaged)"
     return mask_secrets(names, stored.subject, data)
 

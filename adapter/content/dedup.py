@@ -1,4 +1,4 @@
-"""Detects duplicate inbound messages. Pure; the state is in the bot's checkpoint.
+"""Detects duplicate inbound messages. Pure; the state is in the person's newest entry.
 
 iLink repeats messages between 1 s and an hour later, with some or all ids changed and without a sign. A user who
 writes "ok" twice must be heard twice (docs/reference/ilink-protocol.md, "Redelivery" and "Rules for a client").
@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-KEEP = 128
-"""Most messages of a bot that are remembered: 5 kB."""
+KEEP = 64
+"""Most messages of a person that are remembered, unless one answer has more."""
 KEEP_MS = 3_600_000
 """Time for which they are remembered."""
 HASH = 6
@@ -29,7 +29,7 @@ _BITS = struct.Struct(">4xH12x4xH16x")
 """Of a fingerprint, the ends of the two hashes that are searched for."""
 _ABSENT = bytes(HASH)
 MARKS = 8192
-"""Bits of an index: 1 kB for a bot that gets messages."""
+"""Bits of an index: 1 kB for a person who writes."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
 SAME_TIME_MS = 1000
 """Two messages without any id are the same if their times differ by less than this."""
@@ -95,8 +95,8 @@ def bot_of(ident: str) -> str:
 
 
 class DedupWindow:
-    """The recent messages of one bot, as fingerprints in a row: thousands of bots have some, and objects would take
-    ten times the memory."""
+    """The recent messages of one person, as fingerprints in a row: thousands have some, and objects would take ten
+    times the memory."""
 
     __slots__ = ("_marks", "_prints")
 
@@ -116,22 +116,25 @@ class DedupWindow:
         probe = (*keys.hashed, keys.sent_at_ms, 0)
         return any(old[3] == content and _is_same_message(probe, old) for old in _RECORD.iter_unpack(self._prints))
 
+    def __len__(self) -> int:
+        return len(self._prints) // SIZE
+
     def __contains__(self, line: bytes) -> bool:
         """Whether a fingerprint is remembered."""
         return line in self._prints
 
-    def add(self, prints: Iterable[bytes]) -> None:
-        """Remembers new messages, oldest first."""
+    def add(self, prints: Iterable[bytes], most: int = KEEP) -> None:
+        """Remembers new messages, oldest first, and at least the newest `most`."""
         added = b"".join(prints)
         self._prints += added
-        if len(self._prints) > 2 * KEEP * SIZE:
-            self._prints, self._marks = self._prints[-KEEP * SIZE :], None
+        if len(self._prints) > 2 * most * SIZE:
+            self._prints, self._marks = self._prints[-most * SIZE :], None
         elif self._marks is not None:
             self._mark(added)
 
-    def kept(self, now_ms: int) -> bytes:
+    def kept(self, now_ms: int, most: int = KEEP) -> bytes:
         """The state in its stored form, after what is too old or too much was dropped."""
-        start = max(0, len(self._prints) - KEEP * SIZE)
+        start = max(0, len(self._prints) - most * SIZE)
         while start < len(self._prints) and _RECORD.unpack_from(self._prints, start)[5] < now_ms - KEEP_MS:
             start += SIZE
         if start:
@@ -154,6 +157,11 @@ class DedupWindow:
         for message, content in _BITS.iter_unpack(prints):
             self._marks[message % MARKS >> 3] |= 1 << (message & 7)
             self._marks[content % MARKS >> 3] |= 1 << (content & 7)
+
+
+def lines_of(prints: bytes) -> list[bytes]:
+    """Fingerprints one by one; none of what is no row of fingerprints."""
+    return [prints[at : at + SIZE] for at in range(0, len(prints), SIZE)] if len(prints) % SIZE == 0 else []
 
 
 def _is_same_message(new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:

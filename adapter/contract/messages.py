@@ -139,7 +139,7 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Inbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A user's message to the bot of one sandbox. Subject: wechat.in.<sandbox>."""
 
-    id: Annotated[str, Meta(description="Unique; also the Nats-Msg-Id.")]
+    id: Annotated[str, Meta(description="Unique.")]
     sandbox: SandboxId
     bot: str
     user: str
@@ -390,8 +390,8 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     status: Annotated[
         BotStatus,
         Meta(
-            description="not_polled: no replica polls it. too_new: a newer version wrote the binding or the"
-            " checkpoint, and no replica that knows it polls the bot. failing: for a minute iLink has"
+            description="not_polled: no replica polls it. too_new: a newer version wrote the binding, or what is"
+            " stored of its person, and no replica that knows it polls the bot. failing: for a minute iLink has"
             " answered no poll, or the answer cannot be stored. unknown: a replica gave no answer."
             " stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away."
             " retrying: the last poll failed. releasing: its replica gives it back. waiting: another"
@@ -596,14 +596,13 @@ class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     object: Annotated[str, Meta(min_length=1, max_length=200, description="`media.object` of an item.")]
     after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the previous answer.")] = 0
-    sequence: Annotated[
-        int,
+    position: Annotated[
+        str,
         Meta(
-            ge=0,
-            description="Stream sequence of the inbound message with the item, so that its media can be fetched if"
-            " the store does not have them (yet); 0: only what is stored is given.",
+            description="Place of the inbound message with the item, so that its media can be fetched if the store"
+            " does not have them (yet); empty: only what is stored is given.",
         ),
-    ] = 0
+    ] = ""
     wait_s: Annotated[
         float,
         Meta(
@@ -710,16 +709,20 @@ class NextQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         None
     )
     after: (
-        Annotated[int, Meta(ge=0, description="All messages up to this sequence are handled; only with `reader`.")]
-        | None
+        Annotated[str, Meta(description="All messages up to this position are handled; only with `reader`.")] | None
     ) = None
     max: Annotated[int, Meta(ge=1, le=100, description="Most messages of the answer.")] = 10
+
+
+Position = Annotated[
+    str, Meta(description="Its place in the inbox, opaque: as the header Wechat-Position of the live message.")
+]
 
 
 class Handed(msgspec.Struct, frozen=True, kw_only=True):
     """One message of wechat.svc.next.<sandbox>."""
 
-    sequence: Annotated[int, Meta(description="Stream sequence: the header Nats-Sequence of the live message.")]
+    position: Position
     message: Annotated[msgspec.Raw, Meta(description="The inbound message, unchanged.")]
 
 
@@ -730,18 +733,17 @@ class NextPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reader: Annotated[int, Meta(description="Names this reader in its next requests.")]
     messages: list[Handed]
     first: Annotated[
-        int,
-        Meta(description="The oldest sequence that is still stored, if messages before it are gone unread; else 0."),
-    ] = 0
+        str, Meta(description="The position of the message before which others are gone unread; empty: none are.")
+    ] = ""
 
 
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again."""
 
     sandbox: SandboxAsked = None
-    after: Annotated[int, Meta(ge=0, description="Stream sequence; messages after it.")] = 0
+    after: Annotated[str, Meta(description="Position; messages after it. Empty: from the oldest one on.")] = ""
     since_ms: Annotated[
-        int | None, Meta(description="Messages stored since this time, in milliseconds; only if `after` is 0.")
+        int | None, Meta(description="Messages stored since this time, in milliseconds; only if `after` is empty.")
     ] = None
     limit: Annotated[int, Meta(ge=1, le=500, description="Page size.")] = 100
 
@@ -749,7 +751,7 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a replay."""
 
-    seq: Annotated[int, Meta(description="Stream sequence: the header Nats-Sequence of the live message.")]
+    position: Position
     message: Annotated[msgspec.Raw, Meta(description="The inbound message, unchanged.")]
 
 
@@ -757,7 +759,7 @@ class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Answer of wechat.svc.replay.<sandbox>, oldest first."""
 
     messages: list[Replayed]
-    next: Annotated[int, Meta(description="Value of `after` for the next page; 0: this is the last.")] = 0
+    next: Annotated[str, Meta(description="Value of `after` for the next page; empty: this is the last.")] = ""
 
 
 MESSAGES: dict[str, type[msgspec.Struct]] = {

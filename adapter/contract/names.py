@@ -41,13 +41,10 @@ H_SANDBOX = "Wechat-Sandbox"
 H_USER = "Wechat-User"
 H_BODY = "Wechat-Body"
 """On inbound dead letters: `sealed`, or `sealed, cut` where the bus takes only the beginning of the message."""
-H_BOT = "Wechat-Bot"
-"""On inbound messages: the bot that received it."""
-H_SEEN = "Wechat-Seen"
-"""On inbound messages: what tells a repeat of it (`content.dedup`). Readers ignore it."""
+H_POSITION = "Wechat-Position"
+"""On live messages: the message's place in the inbox (`position`)."""
 H_SEALED = "Wechat-Sealed"
-"""What only the adapter may read: on inbound messages (`outbound.inbox.Sealed`), and on copies of commands
-(`outbound.commands`)."""
+"""On copies of commands: what only the adapter may read (`bridge.commands`)."""
 H_NEXT = "Wechat-Next"
 """On pieces of an object: value of `after` for the next request; absent on the last piece."""
 H_SIZE = "Wechat-Size"
@@ -156,14 +153,27 @@ def media_object(sandbox: str, user: str, message: str, item: int) -> str:
     return f"{media_prefix(sandbox, user)}{digest(message.encode())}-{item}"
 
 
-def conversation_key(sandbox: str, user: str) -> str:
-    """Key of one user of one sandbox."""
-    return f"{sandbox}.{to_subject_token(user)}"
+def person_token(sandbox: str, name: str) -> str:
+    """A person as a subject token that names nobody: a digest of sandbox and user, or bot where a bind names no
+    user. A new login of the same user keeps it."""
+    return hashlib.blake2b(f"{sandbox} {name}".encode(), digest_size=8).hexdigest()
 
 
-def user_of_key(key: str) -> str:
-    """The user of a `conversation_key`."""
-    return from_subject_token(key.partition(".")[2])
+def position(sequence: int, number: int) -> str:
+    """A message's place in the inbox: the entry, and which of its messages from 0. Opaque for agents, since a number
+    above 2^53 would be changed by some of their languages."""
+    return f"{sequence}.{number}"
+
+
+_POSITION = re.compile(r"(\d{1,19})\.(\d{1,6})")
+
+
+def read_position(text: str) -> tuple[int, int]:
+    """The inverse of `position`. Raises Refused("invalid")."""
+    found = _POSITION.fullmatch(text)
+    if found is None or int(found[1]) > MAX_SEQ:
+        raise Refused("invalid", "A position is a text that `next`, `replay` or the header Wechat-Position gave.")
+    return int(found[1]), int(found[2])
 
 
 def stream_of(subject: str) -> str:
@@ -232,8 +242,8 @@ class Names:
         self.stream_event = f"{upper}_EVENT"
         self.stream_dead = f"{upper}_DEAD"
         self.bindings = f"{prefix}_bindings"
-        self.checkpoints = f"{prefix}_checkpoints"
-        self.conversations = f"{prefix}_conversations"
+        self.polls = f"{prefix}_polls"
+        self.persons = f"{prefix}_persons"
         self.readers = f"{prefix}_readers"
         self.members = f"{prefix}_members"
         self.claims = f"{prefix}_claims"
@@ -244,9 +254,9 @@ class Names:
         self.erase = f"{prefix}.ctl.erase"
         self.out_plain = f"{prefix}.out"
 
-    def inbox(self, sandbox: str) -> str:
-        """Subject of stored inbound messages; the server republishes them to `live`."""
-        return f"{self.prefix}.inbox.{sandbox}"
+    def inbox(self, sandbox: str, person: str = "*") -> str:
+        """Subject of the stored entries of one person (`person_token`), or of all persons of a sandbox."""
+        return f"{self.prefix}.inbox.{sandbox}.{person}"
 
     def live(self, sandbox: str) -> str:
         """Subject that a sandbox subscribes to."""
@@ -281,9 +291,9 @@ class Names:
     def dead_letters(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
-    def bot_released(self) -> str:
-        """Subject on which replicas announce released bots; sandboxes have no access."""
-        return f"{self.prefix}.kv.bot_released"
+    def polled(self) -> str:
+        """Subject on which replicas say whose poll has ended, and that a shard is free; sandboxes have no access."""
+        return f"{self.prefix}.adapter.polled"
 
     def replica_status(self) -> str:
         """Subject of requests to all replicas; sandboxes have no access."""

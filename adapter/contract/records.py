@@ -5,7 +5,7 @@ Each carries the version of its form in `v`, and is read by `observability.decod
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -34,6 +34,19 @@ class PrivateRecord(msgspec.Struct, frozen=True, tag_field="v", tag=1):
     """
 
 
+class PersonKey(NamedTuple):
+    """Names a person: the tokens of their subject, and the sequence of the bind that began their time."""
+
+    sandbox: str
+    person: str
+    since: int
+
+    @property
+    def key(self) -> str:
+        """Of the record."""
+        return f"{self.sandbox}.{self.person}"
+
+
 class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `bindings`, key: the bot. The sandbox that a bot serves, and how to call the bot."""
 
@@ -53,6 +66,10 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     out_after: int = 0
     """Last sequence of WECHAT_OUT when the person was bound: commands up to it that name neither user nor bot were
     not meant for this person."""
+    person: str = ""
+    """Token of the person in subjects (`names.person_token`), kept by every later bind of the same user."""
+    since: int = 0
+    """Sequence of the bind that began the person's time."""
     closing: int | None = None
     """Sequence of the control command that ends the binding; None: there is none. The bot serves nobody any more."""
     closed: int | None = None
@@ -66,6 +83,11 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         return (
             f"Binding({self.sandbox!r}, {self.bot!r}, {self.state!r})"  # a token never gets into a log or traceback
         )
+
+    @property
+    def key(self) -> PersonKey:
+        """The person whom the bot serves."""
+        return PersonKey(self.sandbox, self.person, self.since)
 
     def info(self) -> BindingInfo:
         """The public part of the binding."""
@@ -93,13 +115,14 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class CheckpointRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `checkpoints`, key: the bot. Who polls the bot, and how far (`inbound.checkpoint`)."""
+class PollRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `polls`, key: the bot. Who polls the bot."""
 
     owner: str = ""
     """Incarnation of the replica that polls the bot; "": none."""
     sealed: bytes = b""
-    """The position, sealed, since iLink's cursor contains the bot's token."""
+    """iLink's cursor when the bot was unbound last, sealed, since it contains the bot's token. Whoever binds the bot
+    again begins there: iLink may repeat what was said before to who shows no cursor."""
 
 
 class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
@@ -148,14 +171,25 @@ class ControlOutcome(PrivateRecord, frozen=True, kw_only=True, omit_defaults=Tru
     """Why it was refused; None: it was not."""
 
 
+ALL = 999_999
+"""As the number of a message: the last of its entry, and larger than any. Positions have so many digits."""
+
+
 class ReaderRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `readers`, key: the sandbox. How far it has handled its inbox, and who reads it."""
 
     handled: int = 0
-    """Sequence of WECHAT_IN up to which the sandbox has handled all its messages."""
+    """Sequence of the entry up to which the sandbox has handled all its messages; 0: none."""
+    number: int = ALL
+    """The last message of that entry that is handled."""
     reader: int = 0
     """The number of who reads; 0 in the record that made a new reader, whose number is that record's revision."""
     written_ms: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The position up to which everything is handled."""
+        return self.handled, self.number
 
 
 class Claim(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):

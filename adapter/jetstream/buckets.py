@@ -77,7 +77,7 @@ class LeaderKvBucket:
 
 
 class KvBucket(LeaderKvBucket):
-    """Implements ports.Bucket. `names.to_subject_token` and `names.conversation_key` make the keys.
+    """Implements ports.Bucket. `names.to_subject_token` and `names.person_token` make the tokens of keys.
 
     `replicated`: the bucket has several servers, any of which may answer a direct get, even a lagging one. Reads that
     decide about ownership then go to the leader.

@@ -25,12 +25,16 @@ from adapter.jetstream.api_replies import (
 from adapter.jetstream.client import parse_headers
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
-from adapter.ports import StoredMessage
+from adapter.ports import Heads, StoredMessage
 
 PAGE_BYTES = 1024 * 1024
 """As `consumer.PULL_BYTES`."""
 SUBJECTS_AT_ONCE = 256
 """Most subjects whose newest messages are requested at once; a server accepts 1,024 (ADR-31)."""
+
+
+class TooManySubjects(Temporary):
+    """A wildcard has more subjects than a server looks through (ADR-31)."""
 
 
 class StreamHistory:
@@ -51,7 +55,6 @@ class StreamHistory:
         limit: int | None = None,
         page: int = 200,
     ) -> AsyncGenerator[StoredMessage, None]:
-        """`page`: most messages that are read at once."""
         start: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
         remaining = sys.maxsize if limit is None else limit
         while remaining:
@@ -78,28 +81,66 @@ class StreamHistory:
     async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
         found: list[StoredMessage] = []
         for start in range(0, len(subjects), SUBJECTS_AT_ONCE):
-            page = subjects[start : start + SUBJECTS_AT_ONCE]
-            newest = None
-            if self._replicated:
-                await self.read_state(stream)
-                newest = await self.read_last(stream, ">")
-            while True:
-                messages, end = await direct_get(self._connection, stream, {"multi_last": page, "batch": len(page)})
-                if newest is None or await self._known_to(stream, messages, end) >= newest.seq:
-                    break
-                await asyncio.sleep(0.05)  # a lagging server answered
-            found += messages
+            found += await self._read_page(stream, subjects[start : start + SUBJECTS_AT_ONCE])
         return found
 
-    async def _known_to(self, stream: str, messages: list[StoredMessage], end: dict[str, str]) -> int:
-        """The sequence up to which the server with this answer knows the stream."""
-        if "Nats-UpTo-Sequence" in end:
-            return int(end["Nats-UpTo-Sequence"])
-        last = messages[-1] if messages else await direct_get_one(self._connection, stream, {"last_by_subj": ">"})
-        return last.seq if last else 0
+    async def _read_page(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
+        """As `read_last_of_each`. An answer tells how far its server knew the stream; one that knew nothing of the
+        subjects tells nothing, so that of the stream's newest message is asked for, too."""
+        last, newest = await self._newest(stream)
+        wanted = set(subjects)
+        found: list[StoredMessage] = []
+        while wanted:  # an answer also ends by size
+            asked = [*wanted | newest]
+            messages, end = await direct_get(self._connection, stream, {"multi_last": asked, "batch": len(asked)})
+            if int(end.get("Nats-UpTo-Sequence", "0")) < last:
+                await asyncio.sleep(0.05)  # a lagging server answered, or the newest was deleted meanwhile
+                last, newest = await self._newest(stream)
+                continue
+            found += (stored for stored in messages if stored.subject in wanted)
+            wanted.difference_update(stored.subject for stored in messages)
+            if not messages or end.get("Nats-Num-Pending", "0") == "0":
+                break
+        return found
+
+    async def _newest(self, stream: str) -> tuple[int, set[str]]:
+        """Sequence and subject of the newest message, as the leader has it; (0, {}) where every server has all."""
+        if not self._replicated:
+            return 0, set()
+        await self.read_state(stream)
+        stored = await self.read_last(stream, ">")
+        return (0, set()) if stored is None else (stored.seq, {stored.subject})
+
+    async def read_heads(self, stream: str, subject: str, *, start: int) -> Heads | None:
+        query = {"multi_last": [subject], "seq": start, "max_bytes": PAGE_BYTES}
+        while True:
+            try:
+                messages, end = await direct_get(self._connection, stream, query)
+            except TooManySubjects:
+                return None
+            up_to = int(end.get("Nats-UpTo-Sequence", "0"))
+            is_cut = bool(messages) and has_more(messages[-1])
+            if is_cut or not self._replicated or not await self._is_behind(stream, subject, up_to, start):
+                return Heads(messages, up_to, is_cut)
+            await asyncio.sleep(0.05)
+
+    async def _is_behind(self, stream: str, subject: str, up_to: int, start: int) -> bool:
+        """Whether the leader has a message that a server did not know of which knows the stream up to a sequence; 0:
+        it knew of none under the wildcard."""
+        if up_to:
+            return (
+                await get_from_leader(self._connection, stream, {"next_by_subj": subject, "seq": up_to + 1})
+                is not None
+            )
+        last = await get_from_leader(self._connection, stream, {"last_by_subj": subject})
+        return last is not None and last.seq >= start
 
     async def last_sequence(self, stream: str) -> int:
         return int((await self.read_state(stream))["last_seq"])
+
+    async def first_and_last(self, stream: str) -> tuple[int, int]:
+        state = await self.read_state(stream)
+        return int(state["first_seq"]), int(state["last_seq"])
 
     async def count(self, stream: str) -> int:
         return int((await self.read_state(stream))["messages"])
@@ -199,6 +240,8 @@ def _decode_stored(answer: Reply) -> StoredMessage | None:
     status = None if "Nats-Sequence" in headers else headers.get("Status", "none")
     if status in ("404", "204"):
         return None
+    if status == "413":
+        raise TooManySubjects("bus_busy", headers.get("Description", ""))
     if status is not None:
         raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
     stored_ms = unix_ms(headers["Nats-Time-Stamp"])

@@ -272,7 +272,9 @@ class CoreNats:
         self._connection = connection
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        await self._connection.publish(subject, payload, headers=headers)
+        nc = self._connection.nc
+        if nc is None or not nc.try_publish(subject, payload, "", headers):
+            await self._connection.publish(subject, payload, headers=headers)
 
     def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
         """Subscribes on every connection. Messages that arrive while there is none are lost."""

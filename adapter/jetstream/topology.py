@@ -31,7 +31,7 @@ from adapter.settings import Settings
 
 log = structlog.get_logger()
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of `wanted_streams`: one more with each change of names, subjects or meanings."""
 KEY = "layout"
 SHAPING = (
@@ -63,9 +63,6 @@ several copies for good (SECURITY.md)."""
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
-IN_DUPLICATE_WINDOW_NS = 120 * NS
-"""Duplicate window of inbound messages, whose ids the server keeps in memory. `inbound.receive` reads the inbox where
-it may be over."""
 OUT_DUPLICATE_WINDOW_NS = 15 * NS
 """Duplicate window of commands. The server keeps their ids in memory for up to three windows, and a sandbox may make
 each id as long as all headers. The window covers a publisher that repeats an unacknowledged command, and a router
@@ -81,7 +78,7 @@ connect."""
 
 EVENTS_KEPT = 100_000
 """Events of one kind and sandbox that are kept. A sandbox with thousands of refused commands must not fill the disk.
-Receipts have a subject for each command; outbound/receipts.py bounds them."""
+Receipts have a subject for each command; bridge/receipts.py bounds them."""
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes. The shard bounds their
 bytes itself; otherwise one sandbox could fill its consumer."""
@@ -173,24 +170,23 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
     return [
         stream(
             names.stream_in,
-            ("subjects", "retention", "discard", "republish"),
-            subjects=[f"{prefix}.inbox.*"],
+            ("subjects", "retention", "discard"),
+            subjects=[names.inbox("*")],
             retention="limits",
             discard="old",
             max_age=int(settings.in_max_age_h * HOUR_NS),
             max_msgs_per_subject=settings.in_max_per_sandbox,
             max_bytes=settings.in_max_bytes,
-            duplicate_window=IN_DUPLICATE_WINDOW_NS,
-            republish={"src": f"{prefix}.inbox.*", "dest": f"{prefix}.in.{{{{wildcard(1)}}}}"},
         ),
         stream(
             names.stream_out,
-            ("subjects", "retention", "discard", "subject_transform", "max_age"),
+            ("subjects", "retention", "discard", "subject_transform", "max_age", "deny_purge"),
             subjects=[f"{prefix}.out", f"{prefix}.out.*"],
             retention="workqueue",
             discard="new",
             discard_new_per_subject=True,
             max_msgs_per_subject=settings.out_max_per_sandbox,
+            deny_purge=True,
             max_age=0,  # a command stays until its final receipt; only the adapter expires it
             max_msg_size=COMMAND_BYTES + HEADER_BYTES,
             max_bytes=_share_of_inbound_bytes(settings, OUT_PART),
@@ -226,8 +222,8 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_bytes=_share_of_inbound_bytes(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type its sequences, and nothing stores them
         bucket(names.bindings, republished=True, expires=True),
-        bucket(names.checkpoints, expires=True),
-        bucket(names.conversations, expires=True),
+        bucket(names.persons, expires=True),
+        bucket(names.polls, expires=True),
         bucket(names.readers, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from adapter.errors import AdapterError, Crashed, LeaseLost, RecordTooNew, StaleRead
+from adapter.errors import AdapterError, Crashed, LeaseLost, PersonGone, RecordTooNew, StaleRead
 from adapter.kit.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -37,13 +37,15 @@ async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, 
     `name` and `fields` are logged. Raises LeaseLost once the right to act is over; Crashed for a bug, which raises in
     every attempt; RecordTooNew; StaleRead. `work` checks the right itself, right before it acts.
     """
-    failures = crashes = 0
+    failures = crashes = pauses = 0
     while True:
         try:
             return await work()
         except LeaseLost:
             await owner.valid()
-        except (Crashed, RecordTooNew, StaleRead):
+            pauses += 1  # the work may see a pause that is over for its owner
+            await clock.sleep(backoff(pauses, first_s=0.02, longest_s=1.0))
+        except (Crashed, PersonGone, RecordTooNew, StaleRead):
             raise
         except AdapterError as exc:
             failures += 1

@@ -36,7 +36,7 @@ one reason."""
 OUTAGE = frozenset(
     {
         "bus.unreachable",
-        "conversation.retrying",
+        "person.retrying",
         "login.retrying",
         "notify.failed",
         "poll.dead_path",

@@ -31,7 +31,7 @@ DEAD = "unreadable too_large crashed"
 STATES = "waiting taking polling storing throttled paused retrying stale needs_login releasing"
 PARKED = "window_closed quota throttled needs_login"
 KINDS = "text media typing unreadable"
-TASKS = "poller conversation other"
+TASKS = "poller sender other"
 ENDPOINTS = (
     "getupdates sendmessage notifystart notifystop getuploadurl getconfig sendtyping get_bot_qrcode "
     "get_qrcode_status cdn_upload cdn_download"
@@ -106,7 +106,7 @@ class Metrics:
         )
         self.tasks = self._gauge(
             "tasks",
-            "Tasks of the event loop. poller: one per bot; conversation: one per conversation with commands.",
+            "Tasks of the event loop. poller: one per bot; sender: one per person with commands.",
             kind=TASKS,
         )
 

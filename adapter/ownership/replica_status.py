@@ -25,7 +25,7 @@ class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class PollerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """State of a bot's poller (inbound.poller.State), for how long, and why. `ago_ms`: time since iLink's last
+    """State of a bot's poller (bridge.poller.State), for how long, and why. `ago_ms`: time since iLink's last
     answer. Both times are durations, so that no clocks are compared."""
 
     state: str
@@ -46,6 +46,12 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     capacity: int = 0
     draining: bool = False
     polls: dict[str, PollerStatus] = {}
+
+
+class PollEnded(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A poll of a bot has ended at a replica; "": a shard is free. Subject: `wechat.adapter.polled`."""
+
+    bot: str
 
 
 def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -> bytes | None:
@@ -84,9 +90,18 @@ class OtherReplicas:
         idle = {present.incarnation for present in answers if bot not in present.polls}
         return {incarnation, *self._leases.other_incarnations} <= idle
 
-    async def publish_released(self, bot: str = "") -> None:
-        """Tells every replica, at most once, that a bot was given back; without a bot: a shard."""
+    async def publish_polled(self, bot: str = "") -> None:
+        """Tells every replica, at most once, that a poll of a bot has ended here, perhaps with an entry; without a
+        bot: that a shard is free."""
         try:
-            await self._core.publish(self._names.bot_released(), bot.encode(), {})
+            await self._core.publish(self._names.polled(), msgspec.json.encode(PollEnded(bot=bot)), {})
         except Temporary as exc:
-            log.info("bot.publish_skipped", bot=bot, reason=exc.reason)
+            log.info("polled.skipped", bot=bot, reason=exc.reason)
+
+
+def bot_polled(data: bytes) -> str | None:
+    """The bot of an announcement; None: it is none, and is ignored."""
+    try:
+        return msgspec.json.decode(data, type=PollEnded).bot
+    except UNDECODABLE:
+        return None

@@ -8,11 +8,11 @@ from functools import partial
 
 import structlog
 
+from adapter.bridge.partition import Partition
 from adapter.errors import Crashed, LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.kit.persist import persist
-from adapter.outbound.shard import Shard
 from adapter.ports import Delivery
 from adapter.replica.wiring import Replica
 
@@ -22,7 +22,7 @@ BROKEN_S = 600.0
 """Time within which a consumer crashes as often as `persist` lets it, if only a restart helps."""
 
 
-async def consume(replica: Replica, shard: Shard) -> None:
+async def consume(replica: Replica, shard: Partition) -> None:
     """Runs until cancelled, or until the shard is lost. A consumer that keeps crashing fails /livez."""
 
     async def keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -38,6 +38,10 @@ async def consume(replica: Replica, shard: Shard) -> None:
                     replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
                     return
 
+    try:  # what is delivered again may belong to whom a record names
+        await persist(shard.open, shard.tenure, replica.clock, "partition.open", partition=shard.number)
+    except LeaseLost:
+        return
     out = topology.out_consumer(shard.number)
     async with asyncio.TaskGroup() as group:
         group.create_task(keep(out, partial(_consume, replica, shard, out, shard.on_delivery)))
@@ -46,7 +50,7 @@ async def consume(replica: Replica, shard: Shard) -> None:
             group.create_task(keep(topology.CONTROL, partial(_control, replica, shard)))
 
 
-async def _route(replica: Replica, shard: Shard) -> None:
+async def _route(replica: Replica, shard: Partition) -> None:
     router = replica.new_router(shard.tenure)
     try:
         await _consume(replica, shard, topology.ROUTER, router.on_delivery)
@@ -54,14 +58,14 @@ async def _route(replica: Replica, shard: Shard) -> None:
         router.stop()
 
 
-async def _control(replica: Replica, shard: Shard) -> None:
+async def _control(replica: Replica, shard: Partition) -> None:
     control = replica.new_control(shard.tenure)
     async with asyncio.TaskGroup() as group:
         group.create_task(_consume(replica, shard, topology.CONTROL, control.enqueue))
         group.create_task(control.run())
 
 
-async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Callable[[Delivery], None]) -> None:
+async def _consume(replica: Replica, shard: Partition, name: str, on_delivery: Callable[[Delivery], None]) -> None:
     is_out = name not in (topology.ROUTER, topology.CONTROL)
     redeliveries = replica.metrics.nats_redeliveries.labels(consumer="out" if is_out else name)
 
@@ -76,6 +80,6 @@ async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Calla
     consumer = Consumer(
         replica.edges.connection,
         *topology.consumer_config(replica.names, name),
-        check=shard.ensure_owner,
+        check=shard.tenure.check,
     )
     await consumer.run(take_delivery)

@@ -6,6 +6,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from adapter import __version__
+from adapter.bridge.sessions import Successes
 from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
@@ -18,7 +19,6 @@ from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import Clock, SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.outbound.sessions import Successes
 from adapter.ownership.leases import Leases
 from adapter.settings import Settings
 

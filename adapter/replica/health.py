@@ -9,14 +9,13 @@ from collections.abc import Collection
 import msgspec
 import structlog
 
+from adapter.bridge.poller import State
 from adapter.contract.names import Names, shard_of
 from adapter.errors import BusRefused, Temporary
-from adapter.inbound.poller import State
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.metrics import PARKED, STATES, Metrics
-from adapter.outbound.inbox import InboxReader
 from adapter.replica.edges import Edges
 from adapter.replica.supervisor import Supervisor
 
@@ -54,7 +53,7 @@ class Health:
     do not count.
     """
 
-    def __init__(self, edges: Edges, names: Names, inspector: Inspector, inboxes: InboxReader) -> None:
+    def __init__(self, edges: Edges, names: Names, inspector: Inspector) -> None:
         self.phase = "starting"
         """What the start waits for; "" once the first connection succeeded with all subscriptions, streams and
         buckets are verified, and loops run."""
@@ -64,10 +63,9 @@ class Health:
         self._edges = edges
         self._names = names
         self._inspector = inspector
-        self._inboxes = inboxes
         self._polls_need = (
             names.stream_in,
-            *(f"KV_{bucket}" for bucket in (names.bindings, names.checkpoints, names.conversations)),
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.persons, names.polls)),
         )
         self._heartbeat_at = self.clock.monotonic()
         self._failed_loops: dict[str, str] = {}
@@ -214,8 +212,6 @@ class Health:
     def _current_problem(self) -> str:
         """Why this replica cannot work although JetStream answers; "": it can."""
         bus, leases = self._edges.bus, self._edges.leases
-        if set_back := self._inboxes.set_back:
-            return set_back
         if bus.waiting_s > BUS_GRACE_S:
             return f"JetStream takes nothing for {bus.last_error}"
         return "" if leases.is_valid else f"the lease cannot be renewed: {leases.last_error}"
@@ -280,10 +276,10 @@ def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) 
     now_ms = clock.now_ms()
     oldest_ms = min((stored_ms for _, stored_ms in counted if stored_ms is not None), default=now_ms)
     metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
-    conversations = sum(shard.tasks for shard in shards)
+    senders = sum(shard.tasks for shard in shards)
     metrics.tasks.labels(kind="poller").set(len(pollers))
-    metrics.tasks.labels(kind="conversation").set(conversations)
-    metrics.tasks.labels(kind="other").set(tasks - len(pollers) - conversations)
+    metrics.tasks.labels(kind="sender").set(senders)
+    metrics.tasks.labels(kind="other").set(tasks - len(pollers) - senders)
     return in_flight
 
 

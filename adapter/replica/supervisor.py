@@ -7,11 +7,11 @@ batches; changes of the leases are followed in every round:
 - A new shard is opened, and its bots are polled.
 - A lost shard is dropped at once.
 - A surplus shard, which another replica should own, is handed over in this order: its consumers stop, its requests in
-  flight end, the claim is released. A poll that waits is not cut. Its answer is stored, and the next owner finds it
-  in the inbox.
+  flight end, the claim is released. A poll that waits is not cut. Its answer is stored, and the next owner reads it
+  when it is told.
 - When the lease pauses, polls are cancelled, unless it is valid again a moment later.
-- A binding that the applier of control commands has marked as closing is confirmed once the bot is released and
-  nothing more can come of its commands. If the owner dies, the next one confirms.
+- A binding that the applier of control commands has marked as closing is confirmed once the bot is released, nothing
+  more can come of its commands, and the end of its person is stored. If the owner dies, the next one confirms.
 
 `drain` hands over all shards when the replica stops. The supervisor never moves a claim except by `Leases.release`.
 """
@@ -19,6 +19,7 @@ batches; changes of the leases are followed in every round:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -28,16 +29,17 @@ import structlog
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
+from adapter.bridge.partition import Partition
+from adapter.bridge.person import Person
+from adapter.bridge.poller import BotPoller
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import Crashed, LeaseLost, RecordTooNew, Temporary
-from adapter.inbound.checkpoint import Checkpoints
-from adapter.inbound.poller import BotPoller
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import ChangeSignal, Clock, backoff, wait_any
-from adapter.outbound.shard import Shard
 from adapter.ownership.leases import Leases
+from adapter.ownership.polls import Polls
 from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import Chat
 
@@ -65,7 +67,7 @@ class Supervisor:
         self,
         bindings: Bindings,
         leases: Leases,
-        checkpoints: Checkpoints,
+        polls: Polls,
         others: OtherReplicas,
         chat: Chat,
         clock: Clock,
@@ -75,13 +77,13 @@ class Supervisor:
     ) -> None:
         """`capacity`: most pollers. `on_failed(name, detail)`: a shard cannot be worked or handed over, so that only
         a restart of the process helps."""
-        self.shards: dict[int, Shard] = {}
+        self.shards: dict[int, Partition] = {}
         """Those that work here, by number."""
         self.pollers: dict[str, BotPoller] = {}
         """Those that run here, by bot."""
         self.bindings = bindings
         self.leases = leases
-        self._checkpoints = checkpoints
+        self._polls = polls
         self._others = others
         self._chat = chat
         self._clock = clock
@@ -113,8 +115,8 @@ class Supervisor:
 
     async def run(
         self,
-        new_shard: Callable[[int], Shard],
-        consume: Callable[[Shard], Coroutine[Any, Any, None]],
+        new_shard: Callable[[int], Partition],
+        consume: Callable[[Partition], Coroutine[Any, Any, None]],
         new_poller: Callable[[str], BotPoller],
     ) -> None:
         """Reconciles until cancelled; `drain` then stops what runs. `consume`: the endless work for a shard."""
@@ -154,11 +156,11 @@ class Supervisor:
         if self._departures != self.leases.membership_epoch:
             self._departures = self.leases.membership_epoch
             for poller in self.pollers.values():
-                if poller.checkpoint is None:
-                    poller.on_released()
+                if poller.person is None:
+                    poller.on_polled()
 
     def _follow_shards(
-        self, new_shard: Callable[[int], Shard], consume: Callable[[Shard], Coroutine[Any, Any, None]]
+        self, new_shard: Callable[[int], Partition], consume: Callable[[Partition], Coroutine[Any, Any, None]]
     ) -> None:
         owned, loop = set(self.leases.owned), asyncio.get_running_loop()
         for number in self.leases.surplus - self._leaving.keys():
@@ -229,10 +231,10 @@ class Supervisor:
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         sides = [binding for binding in (before, after) if binding is not None]
-        users = {binding.user for binding in sides}
-        for sandbox in {binding.sandbox for binding in sides}:
-            if shard := self.shards.get(shard_of(sandbox)):
-                shard.on_binding(sandbox, bot, users)
+        for number in {shard_of(binding.sandbox) for binding in sides}:
+            if shard := self.shards.get(number):
+                is_here = [binding is not None and shard_of(binding.sandbox) == number for binding in (before, after)]
+                shard.on_binding(before if is_here[0] else None, after if is_here[1] else None)
         if (poller := self.pollers.get(bot)) and (
             after is None
             or after.closing
@@ -249,7 +251,7 @@ class Supervisor:
 
     # for others -------------------------------------------------------------------------------------
 
-    async def open_shard(self, sandbox: str) -> Shard | None:
+    async def open_shard(self, sandbox: str) -> Partition | None:
         """The shard of a sandbox once it works; None: this replica does not own it."""
         number, leases = shard_of(sandbox), self.leases
         while (shard := self.shards.get(number)) is None:
@@ -258,25 +260,39 @@ class Supervisor:
             await self._opened.wait_until(lambda: number in self.shards or number not in leases.owned, 0.5)
         return shard
 
-    def on_session_changed(self, binding: Binding) -> None:
-        """A refused token is retried, or no longer: the bot's conversations are notified."""
-        if shard := self.shards.get(shard_of(binding.sandbox)):
-            shard.on_binding(binding.sandbox, binding.bot, {binding.user})
+    async def open_person(self, binding: Binding) -> Person | None:
+        """The person of a binding once their shard works; None: this replica does not own it."""
+        shard = await self.open_shard(binding.sandbox)
+        return None if shard is None else shard.person(binding)
 
-    def on_released(self, bot: str) -> None:
-        """Another replica has released a bot, or has stored a late message of it; without a bot: it has released a
-        shard."""
+    def on_session_changed(self, binding: Binding) -> None:
+        """A refused token is retried, or no longer: the person is told."""
+        if shard := self.shards.get(shard_of(binding.sandbox)):
+            shard.on_binding(None, binding)
+
+    def on_polled(self, bot: str) -> None:
+        """A poll of a bot has ended at another replica, perhaps with an entry; without a bot: a shard is free."""
         if not bot:
             self.leases.claim_now()
         elif poller := self.pollers.get(bot):
-            poller.on_released()
+            poller.on_polled()
+        binding = self.bindings.serving(bot)
+        shard = self.shards.get(shard_of(binding.sandbox)) if binding is not None else None
+        if binding is not None and shard is not None:
+            self._tasks.spawn(self._look(binding, shard))
+
+    async def _look(self, binding: Binding, shard: Partition) -> None:
+        """Reads the newest entry of a person, beside the poll that waits."""
+        person = shard.person(binding)
+        with contextlib.suppress(LeaseLost, Crashed, RecordTooNew):
+            await persist(person.look, shard.tenure, self._clock, "look", bot=binding.bot)
 
     async def is_released(self, bot: str, *, ask: bool) -> bool:
-        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's checkpoint has, which
+        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's poll key has, which
         it may not know any more. Raises Temporary."""
         if bot in self.pollers:
             return False
-        owner = (await self._checkpoints.read(bot)).owner
+        owner = await self._polls.owner(bot)
         if owner in ("", self.leases.incarnation):
             return True
         return await self.leases.revoke_if_expired(owner) or (ask and await self._others.is_idle(owner, bot))
@@ -307,12 +323,12 @@ class Supervisor:
         finally:
             self._closing.discard(bot)
 
-    async def _confirm_close(self, binding: Binding, shard: Shard) -> None:
+    async def _confirm_close(self, binding: Binding, shard: Partition) -> None:
         """Writes this replica's name into a binding that is closing, once its bot is released, the commands of its
         user have ended, and no request is in flight. Raises Temporary, LeaseLost."""
 
         def confirmed(now: Binding) -> Binding | None:
-            shard.ensure_owner()
+            shard.tenure.check()
             is_same = now.closing == binding.closing
             return structs.replace(now, closed=now.closing, closed_by=self.leases.incarnation) if is_same else None
 
@@ -323,7 +339,8 @@ class Supervisor:
             if shard.is_service_ended(binding) and await self.is_released(binding.bot, ask=looks % ASK_EVERY == 0):
                 break
             await self._clock.sleep(backoff(looks, first_s=0.05, longest_s=1.0))
-            shard.ensure_owner()
+            shard.tenure.check()
+        await shard.end_person(binding)
         if await self.bindings.update(binding.bot, confirmed) is None and self._to_close(binding.bot) == binding:
             raise Temporary("binding_gone")  # or nobody can read it
 
@@ -353,7 +370,7 @@ class Supervisor:
                     poller.is_handed_over = True
                     poller.stop(immediately=False)
         await self.leases.release(number)
-        await self._others.publish_released("")
+        await self._others.publish_polled("")
 
     def _stop_consumers(self, number: int) -> None:
         if consuming := self._consuming.pop(number, None):

@@ -13,6 +13,18 @@ from adapter import __version__
 from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
+from adapter.bridge.commands import Limits
+from adapter.bridge.media import MediaFetcher
+from adapter.bridge.partition import Partition
+from adapter.bridge.parts import Bodies, Parts
+from adapter.bridge.persons import Persons
+from adapter.bridge.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
+from adapter.bridge.receipts import Receipts
+from adapter.bridge.router import Router
+from adapter.bridge.sending import SendPolicy
+from adapter.bridge.sessions import BotSessions
+from adapter.bridge.uploads import Uploads
+from adapter.bridge.window import WindowPolicy
 from adapter.console.auth import ConsoleAuth
 from adapter.console.server import Console
 from adapter.console.service import ConsoleService
@@ -21,10 +33,6 @@ from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
-from adapter.inbound.checkpoint import Checkpoints
-from adapter.inbound.media import MediaFetcher
-from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
-from adapter.inbound.receive import InboundDeps
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import (
     MAX_UPLOADS_PER_SANDBOX,
@@ -39,17 +47,8 @@ from adapter.logins.flow import REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LoginService
 from adapter.observability.events import Events
-from adapter.outbound.commands import Limits
-from adapter.outbound.inbox import InboxReader
-from adapter.outbound.receipts import Receipts
-from adapter.outbound.router import Router
-from adapter.outbound.sending import SendPolicy
-from adapter.outbound.sessions import BotSessions
-from adapter.outbound.shard import OutboundDeps, Shard
-from adapter.outbound.store import ConversationStore
-from adapter.outbound.uploads import Uploads
-from adapter.outbound.window import WindowPolicy
 from adapter.ownership import replica_status
+from adapter.ownership.polls import Polls
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.ownership.tenure import Tenure
 from adapter.replica.edges import Edges
@@ -71,8 +70,10 @@ SENDS = 256
 answers in a quarter of a second they allow a thousand sends a second."""
 SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
 """Share of one sandbox, so that slow answers to its bots do not delay others."""
+BODY_BYTES = 64 * 1024 * 1024
+"""Bytes of commands' bodies that a replica holds in memory."""
 PER_TICK = 64
-"""Steps in one turn of the event loop: answers with messages, the steps of conversations, polls after a pause or a
+"""Steps in one turn of the event loop: answers with messages, the steps of persons, polls after a pause or a
 failure; deliveries have a limit of their own (consumer.PER_TURN). Without a limit, five thousand answers in a process
 with a quarter of a core made a turn longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
@@ -101,7 +102,6 @@ class Replica:
         self.names = names = Names(settings.prefix)
         self.edges = edges = edges or Edges(settings, names, self.instance)
         self.clock, self.metrics, self.leases = clock, metrics, leases = edges.clock, edges.metrics, edges.leases
-        self.ticks = PerTickLimiter(PER_TICK)
         self.sealer = sealer = Sealer(settings.token_key)
         metrics.bindings_capacity.set(settings.capacity)
 
@@ -110,18 +110,18 @@ class Replica:
         self.receipts = Receipts(events, edges.history, names, clock, metrics)
         self.bindings = bindings = Bindings(edges.bucket(names.bindings), sealer.is_same_secret, unbound_s=unbound_s)
         self.readers = Readers(edges.readers, clock)
-        self.checkpoints = Checkpoints(edges.bucket(names.checkpoints), sealer)
-        self.conversation_store = ConversationStore(edges.bucket(names.conversations), sealer, unserved_s=unbound_s)
-        self.inboxes = InboxReader(edges.history, names, sealer, clock)
+        self.polls = Polls(edges.bucket(names.polls), leases)
+        persons_bucket = edges.bucket(names.persons)
+        self.persons = Persons(edges.bus, edges.history, persons_bucket, names, sealer, gone_s=unbound_s)
 
         # what runs, and how it is
         self.others = OtherReplicas(edges.core, names, leases)
         inspector = Inspector(names, settings, at_least={names.bindings: lambda: len(bindings)})
-        self.health = Health(edges, names, inspector, self.inboxes)
+        self.health = Health(edges, names, inspector)
         self.supervisor = supervisor = new_supervisor(
             bindings,
             leases,
-            self.checkpoints,
+            self.polls,
             self.others,
             edges.chat,
             clock,
@@ -129,14 +129,8 @@ class Replica:
             on_failed=self.health.report_failed_loop,
         )
 
-        # inbound
-        self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
-        self.policy = SendPolicy(
-            window=WindowPolicy(sends=settings.sends_per_window, hours=settings.window_hours),
-            gap_ms=settings.send_gap_ms,
-            merge_chars=min(settings.merge_chars, settings.part_chars),
-            merge_bytes=settings.part_bytes,
-        )
+        # the bridge
+        transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.media = MediaFetcher(
             edges.cdn,
             edges.objects,
@@ -145,67 +139,52 @@ class Replica:
             sealer,
             lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
             self.may_store,
-            self.transfers,
+            transfers,
             clock,
             metrics,
         )
-        self.sessions = BotSessions(bindings, edges.chat, sealer, clock, default_base_url=settings.ilink_base_url)
-        self.inbound = InboundDeps(
+        self.parts = Parts(
             chat=edges.chat,
             read_message=read_message,
+            sessions=BotSessions(bindings, edges.chat, sealer, clock, default_base_url=settings.ilink_base_url),
+            successes=edges.successes,
+            media=self.media,
+            uploads=Uploads(edges.cdn, edges.objects, transfers, max_bytes=settings.media_max_bytes),
             bus=edges.bus,
+            core=edges.core,
             history=edges.history,
-            inboxes=self.inboxes,
             events=events,
+            receipts=self.receipts,
+            persons=self.persons,
+            bindings=bindings,
             names=names,
             sealer=sealer,
-            bindings=bindings,
-            checkpoints=self.checkpoints,
-            sessions=self.sessions,
-            on_session_changed=supervisor.on_session_changed,
-            open_shard=supervisor.open_shard,
-            policy=self.policy.window,
-            media=self.media,
             leases=leases,
+            polls=self.polls,
             others=self.others,
-            max_payload=lambda: edges.connection.max_payload,
-            is_writable=self.health.is_writable,
-            wait_writable=self.health.wait_writable,
+            policy=SendPolicy(
+                window=WindowPolicy(sends=settings.sends_per_window, hours=settings.window_hours),
+                gap_ms=settings.send_gap_ms,
+                merge_chars=min(settings.merge_chars, settings.part_chars),
+                merge_bytes=settings.part_bytes,
+            ),
+            limits=Limits(
+                park_ms=int(settings.park_hours * 3_600_000),
+                part_chars=settings.part_chars,
+                part_bytes=settings.part_bytes,
+            ),
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
             keep_s=unbound_s,
+            max_payload=lambda: edges.connection.max_payload,
+            is_writable=self.health.is_writable,
+            wait_writable=self.health.wait_writable,
+            bodies=Bodies(BODY_BYTES),
+            slots=defaultdict(lambda: FairSlots(SENDS, share=SENDS_PER_SANDBOX)),
             takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             starts=RateLimiter(STARTS_PER_S),
             wakeups=WakeupBatcher(WAKEUP_S),
-            ticks=self.ticks,
-            clock=clock,
-            metrics=metrics,
-        )
-
-        # outbound
-        self.limits = Limits(
-            park_ms=int(settings.park_hours * 3_600_000),
-            part_chars=settings.part_chars,
-            part_bytes=settings.part_bytes,
-        )
-        self.outbound = OutboundDeps(
-            events=events,
-            history=edges.history,
-            names=names,
-            store=self.conversation_store,
-            chat=edges.chat,
-            uploads=Uploads(edges.cdn, edges.objects, self.transfers, max_bytes=settings.media_max_bytes),
-            slots=defaultdict(lambda: FairSlots(SENDS, share=SENDS_PER_SANDBOX)),
-            policy=self.policy,
-            limits=self.limits,
-            sealer=sealer,
-            receipts=self.receipts,
-            bindings=bindings,
-            leases=leases,
-            sessions=self.sessions,
-            successes=edges.successes,
-            inboxes=self.inboxes,
-            ticks=self.ticks,
+            ticks=PerTickLimiter(PER_TICK),
             clock=clock,
             metrics=metrics,
         )
@@ -216,7 +195,7 @@ class Replica:
             events,
             names,
             bindings,
-            {f"KV_{name}": edges.bucket(name) for name in (names.checkpoints, names.conversations, names.logins)},
+            {f"KV_{name}": edges.bucket(name) for name in (names.persons, names.polls, names.logins)},
             partial(supervisor.is_released, ask=True),
         )
         # what is asked
@@ -234,27 +213,26 @@ class Replica:
             refresh_s=login_refresh_s,
         )
         # any server may answer: these data change little, and a flood of requests must not delay commands
-        conversations = ConversationStore(edges.bulk_bucket(names.conversations), sealer)
-        self.bot_health = BotHealth(self.others, conversations, self.policy.window, clock)
+        bulk = edges.bulk_bucket(names.persons)
+        persons = Persons(edges.media_bus, edges.bulk_history, bulk, names, sealer)
+        self.bot_health = BotHealth(self.others, persons, self.parts.policy.window, clock)
         self.handlers = self._serve()
         edges.core.respond(names.replica_status(), lambda data: replica_status.status_reply(data, self._status))
-        edges.core.subscribe(
-            names.bot_released(), lambda data: supervisor.on_released(data.decode("utf-8", "replace"))
-        )
+        edges.core.subscribe(names.polled(), self._on_polled)
         edges.connection.on_connect(self._count_connect)
         edges.connection.on_connect(bindings.on_connect)
 
     # what starts with a shard or a bot ----------------------------------------------------------------
 
-    def new_shard(self, number: int) -> Shard:
-        return Shard(number, self.outbound)
+    def new_shard(self, number: int) -> Partition:
+        return Partition(number, self.parts)
 
     def new_router(self, tenure: Tenure) -> Router:
         return Router(
             self.edges.bus,
             self.names,
             self.receipts,
-            self.limits,
+            self.parts.limits,
             self.sealer,
             tenure,
             self.clock,
@@ -270,7 +248,7 @@ class Replica:
             names=self.names,
             chat=edges.chat,
             sealer=self.sealer,
-            skip_inbox=self.readers.skip,
+            persons=self.persons,
             erase=self.erasure.run,
             owner=tenure,
             clock=self.clock,
@@ -288,7 +266,8 @@ class Replica:
         )
 
     def new_poller(self, bot: str) -> BotPoller:
-        return BotPoller(bot, self.inbound)
+        supervisor = self.supervisor
+        return BotPoller(bot, self.parts, supervisor.open_person, supervisor.on_session_changed)
 
     # for others ---------------------------------------------------------------------------------------
 
@@ -305,7 +284,6 @@ class Replica:
             self.clock,
             metrics,
             page_bytes=lambda: edges.service_connection.max_payload // 2,
-            kept=settings.in_max_per_sandbox,
             kept_ms=int(settings.in_max_age_h * 3_600_000),
         )
         handlers: dict[str, Handler] = {
@@ -324,7 +302,7 @@ class Replica:
             "next": following.answer,
             "receipt": of_sandbox(queries.receipt),
             "replay": of_sandbox(queries.replay),
-            "send": SendService(edges.bus, names, self.limits, metrics).store,
+            "send": SendService(edges.bus, names, self.parts.limits, metrics).store,
             "window": of_sandbox(queries.window),
         }
         serve = partial(
@@ -364,6 +342,10 @@ class Replica:
         )
         return Console(settings.console_addr, auth, service, self.clock)
 
+    def _on_polled(self, data: bytes) -> None:
+        if (bot := replica_status.bot_polled(data)) is not None:
+            self.supervisor.on_polled(bot)
+
     def _status(self, bots: Sequence[str]) -> ReplicaStatus:
         pollers, now = self.supervisor.pollers, self.clock.monotonic()
         return ReplicaStatus(
@@ -392,7 +374,7 @@ class Replica:
 def _poller_status(poller: BotPoller, now: float) -> PollerStatus:
     return PollerStatus(
         state=poller.state.value,
-        since_ms=int((now - poller.since) * 1000),
-        why=poller.why,
+        since_ms=int((now - poller.shown.since) * 1000),
+        why=poller.shown.why,
         ago_ms=int((now - poller.unanswered_since) * 1000) if poller.unanswered_since else None,
     )

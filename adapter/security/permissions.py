@@ -54,7 +54,7 @@ def streams(names: Names) -> tuple[str, ...]:
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
-    kept = (names.checkpoints, names.conversations, names.readers, names.logins)
+    kept = (names.persons, names.polls, names.readers, names.logins)
     return names.bindings, *kept, names.members, names.claims
 
 
@@ -75,7 +75,7 @@ def _purged_streams(names: Names) -> tuple[str, ...]:
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     media = f"OBJ_{names.media}"
     return (
-        *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.bot_released()),
+        *(names.inbox("*"), names.live("*"), names.out("*"), names.bind, names.event("*", ">"), names.polled()),
         *(names.replica_status(), names.out_plain, names.unbind),  # the console asks, and retries dead commands
         names.dead_letters("*"),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
@@ -108,7 +108,7 @@ def _pulled_streams(names: Names) -> tuple[str, str]:
 
 
 def _adapter_subscribes(names: Names) -> tuple[str, ...]:
-    return names.svc(">"), f"{names.prefix}.kv.>", "$SRV.>", _inbox_subjects("adapter")
+    return names.svc(">"), f"{names.prefix}.kv.>", names.polled(), "$SRV.>", _inbox_subjects("adapter")
 
 
 def _operator_publishes(names: Names) -> tuple[str, ...]:

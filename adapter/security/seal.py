@@ -101,19 +101,14 @@ def cursor_context(bot: str) -> str:
     return f"cursor {bot}"
 
 
-def checkpoint_context(bot: str, owner: str) -> str:
-    """Context of a checkpoint: the bot, and the plain field beside the sealed one."""
-    return f"checkpoint {bot} {owner}"
+def entry_context(subject: str, since: int) -> str:
+    """Context of the sealed part of an entry: the person's subject, and the time of the person that it is of."""
+    return f"entry {subject} {since}"
 
 
-def conversation_context(key: str) -> str:
-    """Context of a conversation's record. `key`: its key, which names sandbox and user."""
-    return f"conversation {key}"
-
-
-def inbox_context(message: str, bot: str, sandbox: str) -> str:
-    """Context of what an inbox message carries for the adapter alone. `message`: its id."""
-    return f"inbox {message} {bot} {sandbox}"
+def person_context(key: str, since: int) -> str:
+    """Context of a person's record. `key`: its key, which names sandbox and person."""
+    return f"person {key} {since}"
 
 
 def dead_context(letter: str) -> str:

@@ -18,7 +18,7 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.content.dedup import bot_of
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
+from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, person_token, to_subject_token
 from adapter.errors import UNDECODABLE, Conflict, Temporary
 from adapter.observability.events import Events
 from adapter.ports import Bucket, History, StoredMessage
@@ -26,10 +26,13 @@ from adapter.ports import Bucket, History, StoredMessage
 log = structlog.get_logger()
 
 StoredKind: TypeAlias = Literal[
-    "binding", "conversation", "login", "message", "event", "receipt", "command", "dead_letter", "media", "checkpoint"
+    "binding", "person", "login", "message", "event", "receipt", "command", "dead_letter", "media", "poll"
 ]
+"""message: an entry of the inbox, with all messages of one answer."""
 MARK_S = 60
-"""Time to live of the delete marker of a conversation, whose key names the user, and of a checkpoint."""
+"""Time to live of the delete marker of a person's record, and of a poll's, whose key names the bot."""
+OF_PERSON = ("person", "message")
+"""Their subjects end with sandbox and token of the person."""
 WRITTEN_BY_SANDBOXES = ("command", "receipt", "dead_letter")
 
 
@@ -51,7 +54,13 @@ class _About(msgspec.Struct):
     bot: str | None = None
     sandbox: str | None = None
     reply_to: str | None = None
-    bots: list[str] = []
+
+
+class _AboutEntry(_About):
+    """Those of an entry. Each of its messages names the bot that brought it."""
+
+    ended: bool = False
+    messages: list[_About] = []
 
 
 class _Object(msgspec.Struct):
@@ -71,7 +80,7 @@ class PersonSearch:
         self._sandbox = sandbox
         self._bots: set[str] = set()
         self._serving_others: set[str] = set()
-        """Bots that serve another sandbox or another person, so their checkpoints are in use."""
+        """Bots that serve another sandbox or another person, so their polls are in use."""
 
     async def find(self) -> AsyncIterator[Found]:
         """Everything about the person. Records that name their bots come first. Raises Temporary."""
@@ -85,18 +94,17 @@ class PersonSearch:
         async for found in self._find_media():
             yield found
         for bot in sorted(self._bots - self._serving_others):
-            stream, key = f"KV_{self._names.checkpoints}", f"$KV.{self._names.checkpoints}.{to_subject_token(bot)}"
+            stream, key = f"KV_{self._names.polls}", f"$KV.{self._names.polls}.{to_subject_token(bot)}"
             async for stored in self._history.read(stream, key):
                 if stored.data:  # no delete marker
-                    yield Found("checkpoint", stream, stored, bot=bot)
+                    yield Found("poll", stream, stored, bot=bot)
 
     def _places(self) -> list[tuple[StoredKind, str, str]]:
         names, sandbox = self._names, self._sandbox or "*"
-        conversation = f"$KV.{names.conversations}.{sandbox}.{to_subject_token(self._user)}"
         out = names.out_of_sandbox(self._sandbox) if self._sandbox else f"{names.out_plain}.>"
         return [
             ("binding", f"KV_{names.bindings}", f"$KV.{names.bindings}.>"),
-            ("conversation", f"KV_{names.conversations}", conversation),
+            ("person", f"KV_{names.persons}", f"$KV.{names.persons}.{sandbox}.*"),
             ("login", f"KV_{names.logins}", f"$KV.{names.logins}.>"),
             ("message", names.stream_in, names.inbox(sandbox)),
             ("event", names.stream_event, names.event(sandbox, ">")),
@@ -105,28 +113,33 @@ class PersonSearch:
         ]
 
     def _match(self, kind: StoredKind, stream: str, stored: StoredMessage) -> Found | None:
+        about: _About
         try:
-            about = msgspec.json.decode(stored.data, type=_About)
+            about = msgspec.json.decode(stored.data, type=_AboutEntry if kind == "message" else _About)
         except UNDECODABLE:  # a delete marker, or unreadable
             return None
         tokens = stored.subject.split(".")
-        sandbox = about.sandbox or (tokens[2] if kind == "conversation" else tokens[-1] if kind == "command" else "")
+        sandbox = about.sandbox or (tokens[2] if kind in OF_PERSON else tokens[-1] if kind == "command" else "")
         is_elsewhere = self._sandbox not in (None, sandbox)
         if kind == "binding" and (is_elsewhere or about.user not in ("", self._user)):
             self._serving_others.add(about.bot or "")
-        if is_elsewhere:
+        if is_elsewhere or (isinstance(about, _AboutEntry) and about.ended):  # the end keeps later writes out
             return None
-        is_theirs = self._user == about.user or kind == "conversation"
-        if is_theirs:
+        if self._user == about.user:
             self._bots |= _bots_of_user(kind, tokens, about)
         elif not (
             about.former_user == self._user
             or (not about.user and {about.bot, bot_of(about.reply_to or "")} & self._bots)
+            or (not about.user and kind == "person" and self._is_of_their_bot(sandbox, tokens[-1]))
         ):
             return None
         if ".receipt." in stored.subject:
             kind = "receipt"
         return Found(kind, stream, stored, sandbox, about.bot or "")
+
+    def _is_of_their_bot(self, sandbox: str, person: str) -> bool:
+        """Whether a person has the name of a bot of theirs, which was bound without a user."""
+        return person in {person_token(sandbox, bot) for bot in self._bots}
 
     def _is_their_dead_letter(self, stored: StoredMessage) -> bool:
         """A dead letter names its person where that was known."""
@@ -156,12 +169,11 @@ class PersonSearch:
 
 def _bots_of_user(kind: StoredKind, tokens: Sequence[str], about: _About) -> set[str]:
     """The bots that a message or record shows to be its user's. A sandbox chooses user and bot of its commands, and
-    so also those of their receipts and of a conversation's record."""
-    if kind == "conversation":
-        return {*about.bots}
+    so also those of their receipts."""
     if kind == "command" or (kind == "event" and tokens[3] not in ("binding", "login")):
         return set()
-    return {about.bot or ""} - {""}
+    messages = about.messages if isinstance(about, _AboutEntry) else []
+    return {each.bot or "" for each in (about, *messages)} - {""}
 
 
 class Erasure:
@@ -176,7 +188,7 @@ class Erasure:
         buckets: Mapping[str, Bucket],
         is_released: Callable[[str], Awaitable[bool]],
     ) -> None:
-        """`buckets`: those of checkpoints, conversations and logins, by stream name. `is_released`: whether no living
+        """`buckets`: those of persons, polls and logins, by stream name. `is_released`: whether no living
         replica polls a bot; raises Temporary."""
         self._history = history
         self._events = events
@@ -228,13 +240,13 @@ class Erasure:
     async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
         history, stored = self._history, found.stored
-        if found.kind == "checkpoint":
+        if found.kind == "poll":
             await self._bindings.refresh(found.bot)
             if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
                 raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
         if bucket := self._buckets.get(found.stream):
             key = stored.subject.split(".", 2)[2]
-            ttl_s = MARK_S if found.kind in ("checkpoint", "conversation") else 0
+            ttl_s = MARK_S if found.kind in ("person", "poll") else 0
             try:
                 await bucket.delete(key, stored.seq, ttl_s=ttl_s)
             except Conflict:

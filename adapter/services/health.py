@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from msgspec import structs
 
+from adapter.bridge import window
+from adapter.bridge.persons import Persons, StoredPerson
+from adapter.bridge.record import PersonState, SendWindow
 from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus, Window
 from adapter.contract.records import Binding
+from adapter.errors import AdapterError
 from adapter.kit.timing import Clock
-from adapter.outbound import window
-from adapter.outbound.record import ConversationRecord
-from adapter.outbound.store import ConversationStore
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus
 
 BOTS_PER_REQUEST = 1000
@@ -27,10 +28,14 @@ class BotHealth:
     """How bots fare."""
 
     def __init__(
-        self, others: OtherReplicas, conversations: ConversationStore, policy: window.WindowPolicy, clock: Clock
+        self,
+        others: OtherReplicas,
+        persons: Persons,
+        policy: window.WindowPolicy,
+        clock: Clock,
     ) -> None:
         self._others = others
-        self._conversations = conversations
+        self._persons = persons
         self._policy = policy
         self._clock = clock
 
@@ -62,31 +67,41 @@ class BotHealth:
                 found[binding.bot] = health
         return found
 
-    async def window(self, sandbox: str, user: str) -> Window:
-        """What may be sent to a user. Raises Temporary."""
-        record, _ = await self._conversations.load(sandbox, user)
-        return window.visible_window(record, self._clock.now_ms(), self._policy)
+    async def window(self, binding: Binding) -> Window:
+        """What may be sent to the person of a binding. Raises Temporary, Refused("token_key")."""
+        state = _state_of(await self._persons.load(binding.key), binding)
+        return window.visible_window(state, self._clock.now_ms(), self._policy)
 
     async def describe(self, bindings: Sequence[Binding]) -> list[BindingInfo]:
         """Bindings with their health, in the given order. Raises Temporary."""
         found = await self.statuses(bindings)
-        records = await self._conversations.load_all([(each.sandbox, each.user) for each in bindings if each.user])
+        stored = await self._persons.load_all([binding.key for binding in bindings])
         now_ms = self._clock.now_ms()
         infos = []
         for binding in bindings:
-            stored = records.get((binding.sandbox, binding.user), (ConversationRecord(), 0))
-            health = found[binding.bot]
-            if stored is None:
+            person, health = stored[binding.key], found[binding.bot]
+            if isinstance(person, AdapterError):
                 health = structs.replace(health, is_unread=True)
-            elif (record := stored[0]).window.opened_ms:
+            elif (state := _state_of(person, binding)).window.opened_ms:
                 health = structs.replace(
                     health,
-                    inbound_ms=record.window.opened_ms,
-                    sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
-                    window=window.visible_window(record, now_ms, self._policy),
+                    inbound_ms=state.window.opened_ms,
+                    sent_ms=state.window.sent_at_ms[-1] if state.window.sent_at_ms else 0,
+                    window=window.visible_window(state, now_ms, self._policy),
                 )
             infos.append(structs.replace(binding.info(), health=health))
         return infos
+
+
+def _state_of(stored: StoredPerson, binding: Binding) -> PersonState:
+    """Of entry and record the one with the newer window; that of another bot than the binding's has no token."""
+    state, entry = stored.state or PersonState(), stored.entry
+    if entry is None or entry.entry.since != binding.since or (opened := entry.opened()) is None:
+        return state
+    if opened.message == state.window.id or (opened.received_ms or 0) < state.window.opened_ms:
+        return state
+    token = opened.token if entry.entry.bot == binding.bot else ""
+    return PersonState(token=token, window=SendWindow(id=opened.message, opened_ms=opened.received_ms or 0))
 
 
 def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotStatus, str]) -> tuple[BotStatus, str]:
@@ -98,7 +113,7 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     if poller is None:
         return absence
     if poller.why.startswith("record_too_new"):
-        return "too_new", "a newer version wrote its checkpoint: finish the roll-out"
+        return "too_new", "a newer version wrote its person's record: finish the roll-out"
     if poller.state == "retrying" and (poller.ago_ms is None or poller.ago_ms >= FAILING_MS):
         return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.crashed in the log)"
     if poller.state == "storing" and poller.since_ms >= FAILING_MS:

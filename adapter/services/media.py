@@ -26,6 +26,7 @@ from adapter.contract.names import (
     H_WIDTH,
     MAX_SEQ,
     check_sandbox,
+    read_position,
 )
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
@@ -43,8 +44,8 @@ MAX_READS = 64
 MAX_WAITS, MAX_WAITS_PER_SANDBOX = 1024, 8
 """Requests that wait for media which are being fetched, of all sandboxes and of one. They hold none of MAX_READS, and
 a quarter of the requests that a sandbox may have open."""
-Fetch: TypeAlias = Callable[[str, int, str], Awaitable[None]]
-"""Returns when an object of the sandbox's message with this sequence is in the store. Raises Refused, whose detail
+Fetch: TypeAlias = Callable[[str, str, str], Awaitable[None]]
+"""Returns when an object of the sandbox's message at this position is in the store. Raises Refused, whose detail
 says why it cannot be had, or Temporary."""
 
 
@@ -67,15 +68,15 @@ class MediaService:
         """
         sandbox = check_sandbox(request.sandbox)
         query = read_request(request.data, MediaQuery, self._metrics)
-        if max(query.after, query.sequence) > MAX_SEQ:
-            raise invalid_request(
-                ValueError("`after` is the header Wechat-Next of the answer before, `sequence` the message's."),
-                self._metrics,
-            )
+        if query.after > MAX_SEQ:
+            said = "`after` is the header Wechat-Next of the answer before."
+            raise invalid_request(ValueError(said), self._metrics)
+        if query.position:
+            read_position(query.position)
         if not query.object.startswith(f"{sandbox}/"):
             raise _not_found()
         answer = await self._read(sandbox, query)
-        if answer is None and query.sequence and query.wait_s and not query.after:
+        if answer is None and query.position and query.wait_s and not query.after:
             await self._wait(sandbox, query)
             answer = await self._read(sandbox, query)
         if answer is None:
@@ -108,7 +109,7 @@ class MediaService:
             raise Temporary("busy", "Too many requests wait for media: ask again after their answers.")
         try:
             async with asyncio.timeout(query.wait_s):
-                await self._fetch(sandbox, query.sequence, query.object)
+                await self._fetch(sandbox, query.position, query.object)
         except TimeoutError:
             raise Temporary("fetching", "The media are still being fetched: ask again.") from None
         except Refused as exc:

@@ -5,12 +5,15 @@ A sandbox asks on a subject of its own, so that the server checks its permission
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar, cast
 
 import msgspec
 
 from adapter.bindings.registry import Bindings
+from adapter.bridge.entries import messages_of
+from adapter.bridge.receipts import Receipts
 from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
@@ -20,13 +23,12 @@ from adapter.contract.messages import (
     ReplayQuery,
     WindowQuery,
 )
-from adapter.contract.names import MAX_SEQ, Names, check_sandbox
+from adapter.contract.names import Names, check_sandbox, position, read_position
 from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.observability.decoding import read_request
 from adapter.observability.metrics import Metrics
-from adapter.outbound.receipts import Receipts
-from adapter.ports import History, SandboxRequest, SandboxResponse
+from adapter.ports import History, SandboxRequest, SandboxResponse, StoredMessage
 from adapter.services.health import BotHealth
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
@@ -79,15 +81,12 @@ class Queries:
     async def window(self, data: bytes, sandbox: str | None = None) -> bytes:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
         query = self._read(data, WindowQuery, sandbox)
-        found = [
-            b for b in self._find_bindings(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot
-        ]
+        found = [b for b in self._find_bindings(query.sandbox, query.bot) if query.user in (None, b.user)]
         if not found:
             raise _not_bound()
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
-        user = query.user or found[0].user
-        return msgspec.json.encode(await self._health.window(found[0].sandbox, user))
+        return msgspec.json.encode(await self._health.window(found[0]))
 
     async def receipt(self, data: bytes, sandbox: str | None = None) -> bytes:
         """receipt: the last receipt of a command. Raises Refused, Temporary."""
@@ -98,20 +97,34 @@ class Queries:
         return msgspec.json.encode(receipt)
 
     async def replay(self, data: bytes, sandbox: str | None = None) -> bytes:
-        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
+        """replay: a sandbox's inbound messages again, from a position or a time. Raises Refused, Temporary."""
         query = self._read(data, ReplayQuery, sandbox)
-        if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:
-            raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
+        if (query.since_ms or 0) > MAX_TIME_MS:
+            raise Refused("invalid", "`since_ms` is a time in milliseconds.")
+        after = read_position(query.after) if query.after else (0, 0)
+        since_ms = None if query.after else query.since_ms
         messages: list[Replayed] = []
-        size, more = 0, False
-        inbox, since_ms = self._names.inbox(query.sandbox or ""), None if query.after else query.since_ms
-        async for stored in self._history.read(self._names.stream_in, inbox, after=query.after, since_ms=since_ms):
-            size += len(stored.data)
-            if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
-                more = True
-                break
-            messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
-        return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
+        size = 0
+        async with contextlib.aclosing(self._stored(query.sandbox or "", after, since_ms)) as found:
+            async for place, message in found:
+                size += len(memoryview(message))
+                if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
+                    return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].position))
+                messages.append(Replayed(position=place, message=message))
+        return msgspec.json.encode(ReplayPage(messages=messages))
+
+    async def _stored(
+        self, sandbox: str, after: tuple[int, int], since_ms: int | None
+    ) -> AsyncGenerator[tuple[str, msgspec.Raw], None]:
+        """The messages of a sandbox's inbox behind a position or from a time on, with their positions. Raises
+        Temporary."""
+        inbox, start = self._names.inbox(sandbox), max(0, after[0] - 1)
+        entries = self._history.read(self._names.stream_in, inbox, after=start, since_ms=since_ms)
+        async with contextlib.aclosing(cast("AsyncGenerator[StoredMessage]", entries)) as reading:
+            async for stored in reading:
+                for number, message in enumerate(messages_of(stored.data)):
+                    if (stored.seq, number) > after:
+                        yield position(stored.seq, number), message
 
     def _find_bindings(self, sandbox: str | None, bot: str | None) -> list[Binding]:
         """The bindings that match all given names. Raises Refused("not_bound")."""

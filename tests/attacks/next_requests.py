@@ -17,6 +17,6 @@ __all__ = ["attack", "prepare"]
 async def attack(rig: Rig) -> None:
     subject, reply = NAMES.svc(f"next.{ATTACKER}"), f"_INBOX_{ATTACKER}.x"
     begin = publish(subject, b'{"max":100}', reply=reply)
-    confirm = publish(subject, b'{"reader":1,"after":9007199254740991}', reply=reply)
+    confirm = publish(subject, b'{"reader":1,"after":"9007199254740991.0"}', reply=reply)
     done = await rig.flood(itertools.repeat((begin * 9 + confirm) * (TOGETHER // 10)))
     rig.note(f"{done.chunks * TOGETHER / rig.seconds:,.0f} requests/s")

@@ -38,7 +38,7 @@ from tests.bus.guarded import NAMES as NAMES  # noqa: PLC0414
 from tests.bus.guarded import WITNESS as WITNESS  # noqa: PLC0414
 from tests.bus.guarded import Guarded, Player, guarded
 from tests.e2e.memory import SMALL
-from tests.e2e.reading import stream
+from tests.e2e.reading import inbox
 from tests.e2e.world import AdapterProcess, World, environ_of, fast, until
 
 VICTIM, ATTACKER = "victim", "attacker"
@@ -330,10 +330,7 @@ class Victim:
         """What was lost or doubled, on the bus, on the phone, and among the receipts."""
         texts = [text for text in self._begun if text.startswith("message ")]
         idents = [ident for ident in self._begun if not ident.startswith("message ")]
-        stored = Counter(
-            msgspec.json.decode(data, type=Inbound).text
-            for _, data in await stream(witness.nc, NAMES.stream_in, NAMES.inbox(VICTIM))
-        )
+        stored = Counter(message.text for message in await inbox(witness.nc, VICTIM))
         shown = Counter(self._world.phone_texts(VICTIM))
         checks = [
             ("messages on the bus", stored, texts),

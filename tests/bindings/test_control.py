@@ -14,9 +14,10 @@ from structlog.testing import capture_logs
 from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
-from adapter.contract.messages import Bind, ControlAnswer, Erase
+from adapter.bridge.entries import Entry, Secrets, encode_entry, messages_of
+from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, shard_of, to_subject_token
-from adapter.contract.records import Binding
+from adapter.contract.records import Binding, PersonKey
 from adapter.errors import BusRefused, RecordTooNew, Refused, Temporary
 from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, StoredMessage
@@ -133,7 +134,7 @@ def new_control(
         names=bench.names,
         chat=bench.chat,
         sealer=sealer or bench.sealer,
-        skip_inbox=bench.replica.readers.skip,
+        persons=bench.persons,
         erase=erase,
         owner=owner,
         clock=bench.clock,
@@ -395,16 +396,18 @@ OTHER: dict[str, Any] = {**B2, "user": "u2@im.wechat"}
 
 
 def writes(platform: Platform, text: str = "hello") -> None:
-    """The person of s1 writes, and that of s2."""
-    for sandbox in ("s1", "s2"):
-        body = msgspec.json.encode({"text": text})
-        platform.bench.bus.put(platform.bench.names.inbox(sandbox), body, {})
+    """The persons of s1 write, and one of s2."""
+    bench = platform.bench
+    keys = {binding.key for binding in bench.bindings if binding.sandbox == "s1"} | {PersonKey("s2", "0" * 16, 1)}
+    for key in keys:
+        subject = bench.persons.subject(key)
+        entry = Entry(since=key.since, messages=[msgspec.Raw(msgspec.json.encode({"text": text}))])
+        bench.bus.put(subject, encode_entry(entry, Secrets(), subject, bench.sealer), {})
 
 
 def inbox(platform: Platform, sandbox: str = "s1") -> list[str]:
-    subject = platform.bench.names.inbox(sandbox)
-    stored = [each for each in platform.bench.bus.found("IN") if each.subject == subject]
-    return [msgspec.json.decode(each.data)["text"] for each in stored]
+    stored = [each for each in platform.bench.bus.found("IN") if each.subject.split(".")[2] == sandbox]
+    return [msgspec.json.decode(raw)["text"] for each in stored for raw in messages_of(each.data)]
 
 
 def orders(platform: Platform) -> int:
@@ -416,35 +419,15 @@ def orders(platform: Platform) -> int:
     return last
 
 
-async def test_the_unbind_that_leaves_nobody_moves_the_reader_behind_what_was_said(platform: Platform) -> None:
-    """Before the inbox is emptied: an answer that is made meanwhile looks at the position last."""
-    await platform.bind()
-    readers, purge = platform.bench.replica.readers, platform.bench.bus.purge
-    _, begun = await readers.change("s1", lambda now: now)
-    writes(platform)
-    last = max(
-        each.seq for each in platform.bench.bus.found("IN") if each.subject == platform.bench.names.inbox("s1")
-    )
-    at_purge: list[int] = []
-
-    async def look(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
-        at_purge.append((await readers.load("s1")).handled)
-        await purge(stream, subject, keep=keep, up_to=up_to)
-
-    platform.bench.bus.purge = look  # type: ignore[method-assign]
-    await platform.say("unbind", sandbox="s1")
-    now = await readers.load("s1")
-    assert (at_purge, now.handled, now.reader) == ([last], last, begun.reader)
-
-
 async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(**OTHER)
     writes(platform)
+    assert inbox(platform) == ["hello"] * 2
     await platform.say("unbind", sandbox="s1", bot=BOT)
     assert inbox(platform) == ["hello"]
     await platform.say("unbind", sandbox="s1")
-    assert inbox(platform) == []
+    assert (inbox(platform), inbox(platform, "s2")) == ([], ["hello"])
 
 
 async def test_who_stays_gets_no_command_that_may_have_meant_who_leaves(platform: Platform) -> None:
@@ -505,16 +488,20 @@ async def test_a_new_owner_of_the_control_commands_carries_on_with_what_is_closi
 
 
 async def test_an_unbind_that_breaks_the_adapter_opens_what_it_had_closed(platform: Platform) -> None:
+    """The end of the person's time is stored by then, so another one begins."""
     await platform.bind()
+    publish = platform.bench.events.publish_binding_event
 
-    async def bug(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
-        raise RuntimeError("a bug")
+    async def bug(event: BindingEvent, **options: Any) -> None:
+        if event.change == "unbound":
+            raise RuntimeError("a bug")
+        await publish(event, **options)
 
-    writes(platform)
-    platform.bench.bus.purge = bug  # type: ignore[method-assign]
+    platform.bench.events.publish_binding_event = bug  # type: ignore[method-assign]
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(120)
-    assert (unbind.acks, platform.binding().closing) == (1, None)
+    binding = platform.binding()
+    assert (unbind.acks, binding.closing, binding.since) == (1, None, unbind.seq)
     assert len(platform.bench.bus.found("DEAD")) == 1
 
 
@@ -549,7 +536,7 @@ async def test_a_binding_that_a_newer_version_wrote_is_closed_by_that_version_al
     assert inbox(platform) == ["hello"]
 
 
-async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_new(
+async def test_an_owner_frozen_before_it_ends_a_person_deletes_nothing_new(
     platform: Platform,
 ) -> None:
     await platform.bind()

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import BusRefused
 from tests.bindings.test_control import BOT, USER, Platform
 
 VIRTUAL_TIME = True
@@ -86,20 +86,6 @@ async def test_a_bind_right_behind_an_erasure_gets_no_command_of_before() -> Non
     await asyncio.sleep(1)
     assert (bind.acks, platform.bound) == (1, {"b9@im.bot": "s1"})
     assert platform.binding("b9@im.bot").out_after == command
-
-
-async def test_one_that_was_cut_empties_the_inbox_when_it_is_carried_on() -> None:
-    """Somebody who was unbound before has left messages there, and the next person's agent reads all."""
-    eraser = SlowEraser()
-    eraser.failure = Temporary("bus_timeout")
-    platform = Platform(erase=eraser.run)
-    await platform.bind()
-    platform.bench.bus.put(platform.bench.names.inbox("s1"), b'{"text":"of somebody before"}', {})
-    delivery = platform.publish("erase", msgspec.json.encode({"user": USER}))
-    await asyncio.sleep(30)
-    eraser.failure = None
-    await asyncio.sleep(30)
-    assert (delivery.acks, platform.bound, platform.bench.bus.found("IN")) == (1, {}, [])
 
 
 async def test_one_that_the_bus_refuses_says_that_it_is_to_be_repeated() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from adapter.bindings.registry import mark_login, publish_login_event
+from adapter.bridge.poller import BotPoller, State
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
 from adapter.ilink.protocol import IlinkReply, read_sent, read_updates
-from adapter.inbound.poller import BotPoller, State
 from adapter.ports import Account, BusMessage, Polled
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, start_poller, texts

@@ -79,7 +79,7 @@ class Rig:
         for task in self._tasks:
             task.cancel()
 
-    def bucket(self, name: str = NAMES.conversations) -> KvBucket:
+    def bucket(self, name: str = NAMES.persons) -> KvBucket:
         return KvBucket(self.connection, self.publisher, name)
 
     async def first(self, stream: str) -> int:

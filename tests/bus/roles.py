@@ -24,8 +24,8 @@ STREAMS = (
     *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD"),
     *(
         "KV_wechat_bindings",
-        "KV_wechat_checkpoints",
-        "KV_wechat_conversations",
+        "KV_wechat_persons",
+        "KV_wechat_polls",
         "KV_wechat_readers",
         "KV_wechat_members",
         "KV_wechat_claims",
@@ -58,8 +58,8 @@ def _subscribe(*rows: tuple[str, str]) -> list[Row]:
 
 SUBJECTS = [
     *_publish(
-        ("wechat.in.<sandbox>", ""),
-        ("wechat.inbox.<sandbox>", "adapter"),
+        ("wechat.in.<sandbox>", "adapter"),
+        ("wechat.inbox.<sandbox>.p", "adapter"),
         ("wechat.out", "adapter operator service"),
         ("wechat.out.<sandbox>", "adapter operator agents own"),
         ("wechat.ctl.bind", "adapter operator platform"),
@@ -67,7 +67,7 @@ SUBJECTS = [
         ("wechat.ctl.erase", "operator platform"),
         *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c.1", *EVENTS)),
         ("wechat.dead.WECHAT_OUT", "adapter"),
-        ("wechat.kv.bot_released", "adapter"),
+        ("wechat.adapter.polled", "adapter"),
         ("wechat.kv.replica_status", "adapter"),
         ("wechat.kv.wechat_bindings.b", ""),
         ("wechat.svc.bindings.list", "adapter operator platform agents"),
@@ -107,7 +107,7 @@ SUBJECTS = [
     *_subscribe(
         ("wechat.in.<sandbox>", "operator agents own untrusted"),
         ("wechat.in.*", "operator agents"),
-        ("wechat.inbox.<sandbox>", ""),
+        ("wechat.inbox.<sandbox>.*", ""),
         ("wechat.out", "operator"),
         ("wechat.out.<sandbox>", "operator"),
         ("wechat.ctl.*", ""),
@@ -118,6 +118,7 @@ SUBJECTS = [
         ("wechat.event.*.>", "operator platform agents"),
         ("wechat.event.*.receipt.>", "operator platform service agents"),
         ("wechat.dead.>", ""),
+        ("wechat.adapter.polled", "adapter"),
         ("wechat.kv.>", "adapter"),
         ("wechat.svc.>", "adapter"),
         ("wechat.svc.media.get.<sandbox>", "adapter"),
@@ -179,7 +180,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.CREATE.<stream>", {"operator": READ}),
     ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>", {"adapter": PULLED, "operator": READ}),
-    ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>.wechat.inbox.<sandbox>", {"operator": READ}),
+    ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>.wechat.inbox.<sandbox>.*", {"operator": READ}),
     ("$JS.API.CONSUMER.DURABLE.CREATE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED}),

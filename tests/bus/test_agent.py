@@ -21,10 +21,11 @@ from adapter.agent import sandbox as sandbox_module
 from adapter.agent.reader import WINDOW
 from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.agent.texts import TEXTS, Command, command_of
+from adapter.bridge.record import RECENT_COMMANDS
 from adapter.contract.messages import Inbound, NextPage, Outbound, TextItem
+from adapter.contract.names import H_POSITION, position
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.managed_connection import connect_options
-from adapter.outbound.record import RECENT_COMMANDS
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import eventually, until
 from tests.next_standin import NextStandIn
@@ -40,7 +41,7 @@ class Person:
         self.said = 0
 
     async def say(self, count: int = 1, *, user: str = "u1", ring: bool = True, text: str = "") -> None:
-        """The default texts are the numbers from one on; so are the ids, and the sequences, in hundreds."""
+        """The default texts are the numbers from one on; so are the ids, and the entries' sequences, in hundreds."""
         words = text
         for _ in range(count):
             self.said += 1
@@ -62,7 +63,7 @@ class Person:
         return [msgspec.json.decode(data) for data in await self.rig.read(NAMES.stream_out, ">")]
 
     async def confirmed(self, text: int) -> None:
-        await until(lambda: self.adapter.position == text * 100, f"{text} is confirmed")
+        await until(lambda: self.adapter.handled == text * 100, f"{text} is confirmed")
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ async def test_a_message_at_work_keeps_the_position_and_the_others_go_on_up_to_t
         await person.say(user="quick")
         await until(lambda: len(person.adapter.queries) > asked, "it asks again")
         assert done == list(range(2, WINDOW + 1))
-        assert person.adapter.position < 100
+        assert person.adapter.handled < 100
         gate.set()
         await person.confirmed(WINDOW + 10)
     assert sorted(done) == list(range(1, WINDOW + 11))
@@ -157,7 +158,7 @@ async def test_the_end_confirms_what_is_finished(person: Person) -> None:
         for _ in range(3):
             await anext(messages)
         person.adapter.delay_s = 0.5  # it ends while the confirmation is under way
-    assert person.adapter.position == 200
+    assert person.adapter.handled == 200
 
 
 async def test_a_request_without_an_answer_is_repeated_and_a_late_answer_counts(
@@ -201,18 +202,39 @@ async def test_an_adapter_that_has_no_time_is_asked_again(person: Person, code: 
 
 async def test_any_other_refusal_ends_it(person: Person) -> None:
     def disturb(_: int, msg: Msg) -> bool:
-        asyncio.ensure_future(person.adapter.refuse(msg, "400", "No such sequence."))  # noqa: RUF006
+        asyncio.ensure_future(person.adapter.refuse(msg, "400", "No such position."))  # noqa: RUF006
         return True
 
     person.adapter.disturb = disturb
     async with opened(person) as sandbox:
-        with pytest.raises(Refused, match="No such sequence"):
+        with pytest.raises(Refused, match="No such position"):
             await anext(aiter(sandbox))
+
+
+async def test_a_ring_is_a_message_with_a_position_that_was_not_read(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may be anybody's, and what was read needs no request."""
+    monkeypatch.setattr(reader_module, "TICK_S", 60.0)
+    await person.say()
+    async with opened(person) as sandbox:
+        messages = aiter(sandbox)
+        await anext(messages)
+        waiting: asyncio.Future[Message] = asyncio.ensure_future(anext(messages))
+        await until(lambda: len(person.adapter.queries) == 2, "the first is confirmed")
+        rings: list[dict[str, str] | None] = [None, {}, {H_POSITION: "x"}, {H_POSITION: position(100, 0)}]
+        for headers in rings:
+            await person.nc.publish(NAMES.live("s1"), b"{}", headers=headers)
+        await person.nc.flush()
+        await asyncio.sleep(0.5)
+        assert len(person.adapter.queries) == 2
+        await person.say()
+        assert (await waiting).text == "2"
 
 
 async def test_what_is_gone_is_said_and_what_cannot_be_read_is_skipped(person: Person) -> None:
     person.said = 6
-    person.adapter.first = 700
+    person.adapter.first = position(700, 0)
     await person.adapter.store(700, b'{"v": 2}')
     person.said = 7
     await person.say()
@@ -224,7 +246,7 @@ async def test_what_is_gone_is_said_and_what_cannot_be_read_is_skipped(person: P
     with structlog.testing.capture_logs() as logs:
         async with opened(person) as sandbox, handling(sandbox, handle):
             await person.confirmed(8)
-            person.adapter.first = 0
+            person.adapter.first = ""
             await person.say()
             await person.adapter.store(1000, b'{"v": 2}')
             await person.confirmed(10)
@@ -254,7 +276,7 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         message = await anext(messages)
         person.adapter.disturb = lambda *_: True
         asked = len(person.adapter.queries)
-        await person.nc.publish(NAMES.live("s1"))
+        await person.nc.publish(NAMES.live("s1"), headers={H_POSITION: position(700, 0)})
         await until(lambda: len(person.adapter.queries) > asked + 1, "it repeats a request")
         bus.kill()
         await lost.wait()
@@ -320,7 +342,7 @@ async def test_a_loop_that_is_left_has_its_message_again_and_first(person: Perso
             if message.text == "3":
                 break
     assert texts == ["1", "1", "1", "2", "3"]
-    assert person.adapter.position == 200
+    assert person.adapter.handled == 200
 
 
 async def test_a_message_on_which_the_handler_raises_costs_an_apology_and_no_more(person: Person) -> None:

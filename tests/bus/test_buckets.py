@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.contract.names import conversation_key
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
@@ -21,17 +20,17 @@ from adapter.ports import BusMessage, Entry, StoredMessage
 from tests.bus.rig import NAMES, Rig
 from tests.e2e.waiting import eventually, until
 
-KEY = conversation_key("s1", "u1@im.wechat")
+KEY = "s1.0123456789abcdef"
 Found = tuple[list[StoredMessage], dict[str, str]]
 
 
 async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
-    bucket = rig.bucket(NAMES.conversations)
+    bucket = rig.bucket(NAMES.persons)
     assert await bucket.list_prefix("s1") == []
     first = await bucket.update(KEY, b"1", 0)
-    await bucket.update(conversation_key("s1", "gone"), b"2", 0)
-    await bucket.delete(conversation_key("s1", "gone"))
-    await bucket.update(conversation_key("s11", "u1@im.wechat"), b"3", 0)
+    await bucket.update("s1.gone", b"2", 0)
+    await bucket.delete("s1.gone")
+    await bucket.update("s11.0123456789abcdef", b"3", 0)
     assert await bucket.list_prefix("s1") == [Entry(KEY, b"1", first)]
 
 
@@ -261,7 +260,7 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
     assert asyncio.get_running_loop().time() - began < 2.0
 
 
-@pytest.mark.parametrize("name", [NAMES.bindings, NAMES.conversations, NAMES.members, NAMES.claims, NAMES.logins])
+@pytest.mark.parametrize("name", [NAMES.bindings, NAMES.persons, NAMES.members, NAMES.claims, NAMES.logins])
 async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
     """Nor takes a single key out of it without a mark: what is in there is nowhere else."""
     bucket = rig.bucket(name)

@@ -24,8 +24,8 @@ from adapter.jetstream.client import BusClient, has_no_responders, parse_headers
 from tests.e2e.waiting import free_port
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)
-SUBJECT = st.one_of(st.just("wechat.inbox.s1"), WORD)
-NAME = st.one_of(st.sampled_from(["Nats-Msg-Id", "Wechat-Seen", " A ", "B:", ""]), WORD)
+SUBJECT = st.one_of(st.just("wechat.inbox.s1.p"), WORD)
+NAME = st.one_of(st.sampled_from(["Nats-Msg-Id", "Wechat-Position", " A ", "B:", ""]), WORD)
 HEADERS = st.one_of(st.none(), st.dictionaries(NAME, WORD, max_size=3))
 
 
@@ -42,9 +42,9 @@ async def written(client: Client, *given: object) -> bytes | type[Exception]:
 
 
 @given(SUBJECT, st.binary(max_size=12), st.one_of(st.just(""), SUBJECT), HEADERS)
-@example("wechat.inbox.s1", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b:m1", "Wechat-Seen": "b 1|2"})
-@example("wechat.inbox.s1", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b\r\nEvil: 1"})
-@example("wechat.inbox.s1 5\r\nPUB other 0", b"hello", "", None)
+@example("wechat.inbox.s1.p", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b:m1", "Wechat-Position": "7.0"})
+@example("wechat.inbox.s1.p", b"hello", "_INBOX.a.1", {"Nats-Msg-Id": "in:b\r\nEvil: 1"})
+@example("wechat.inbox.s1.p 5\r\nPUB other 0", b"hello", "", None)
 @example("s ", b"", "", None)
 @example("s", b"", " r", {"A": "1"})
 @example("s", b"", "r", {})
@@ -67,9 +67,9 @@ async def test_the_usual_goes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> 
     headers = {
         "Nats-Msg-Id": "in:5=40im=2Ebot:m7497484083968569000",
         "Wechat-Schema": "1",
-        "Wechat-Seen": "b a|b|c|d|1|2",
+        "Wechat-Position": "123.7",
     }
-    assert await written(BusClient(), "wechat.inbox.s1", '{"text":"你好"}'.encode(), "_INBOX.a.1", headers)
+    assert await written(BusClient(), "wechat.inbox.s1.p", '{"text":"你好"}'.encode(), "_INBOX.a.1", headers)
 
 
 VALUE = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zs", "Zl", "Zp"]), max_size=12)

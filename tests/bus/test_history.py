@@ -15,7 +15,7 @@ from adapter.jetstream.api_replies import is_only_leader
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.kit.timing import SystemClock
-from adapter.ports import BusMessage, PubAck, StoredMessage
+from adapter.ports import BusMessage, Heads, PubAck, StoredMessage
 from tests.bus.rig import NAMES, Rig, control, event
 from tests.e2e.waiting import until
 
@@ -83,7 +83,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
 
 
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
-    subject = NAMES.inbox("s1")
+    subject = NAMES.inbox("s1", "p")
     acks = [await rig.publisher.publish(BusMessage("in", subject, str(n).encode(), {})) for n in range(3)]
     for _ in range(2):
         await rig.history.delete(NAMES.stream_in, acks[1].seq)
@@ -190,3 +190,64 @@ def test_a_leader_that_has_heard_from_no_majority_may_be_none(
     followers: list[dict[str, int]] | None, *, expected: bool
 ) -> None:
     assert is_only_leader({"leader": "n0", "replicas": followers} if followers else None) == expected
+
+
+async def test_the_heads_of_subjects_are_those_from_a_sequence_on(rig: Rig) -> None:
+    def said(person: str, number: int) -> BusMessage:
+        return BusMessage("in", NAMES.inbox("s1", person), str(number).encode(), {})
+
+    stream, subject = NAMES.stream_in, NAMES.inbox("s1")
+    assert await rig.history.read_heads(stream, subject, start=1) == Heads([], 0, is_cut=False)
+    await rig.publisher.publish_all([said(person, number) for number, person in enumerate("abcabd")])
+    await rig.publisher.publish(BusMessage("in", NAMES.inbox("s2", "a"), b"another's", {}))
+    first, last = await rig.history.first_and_last(stream)
+    assert last == first + 6 == await rig.history.last_sequence(stream)
+    for asking in (rig.history, StreamHistory(rig.connection, replicated=True)):
+        for start, wanted in ((1, b"2345"), (first + 4, b"45"), (first + 5, b"5"), (last, b""), (last + 9, b"")):
+            heads = await asking.read_heads(stream, subject, start=start)
+            assert heads is not None
+            assert (b"".join(stored.data for stored in heads.messages), heads.up_to) == (wanted, last)
+        nobody = await asking.read_heads(stream, NAMES.inbox("s3"), start=1)
+        assert nobody == Heads([], 0, is_cut=False)
+
+
+async def test_heads_that_are_many_bytes_are_cut_and_of_too_many_subjects_there_are_none(rig: Rig) -> None:
+    stream, subject = NAMES.stream_in, NAMES.inbox("s1")
+    large = [BusMessage("in", NAMES.inbox("s1", f"p{number}"), bytes(400_000), {}) for number in range(5)]
+    await rig.publisher.publish_all(large)
+    found, start, is_cut = [], 1, True
+    while is_cut:
+        heads = await rig.history.read_heads(stream, subject, start=start)
+        assert heads is not None
+        found += [stored.subject for stored in heads.messages]
+        start, is_cut = heads.messages[-1].seq + 1, heads.is_cut
+        assert len(heads.messages) < len(large)
+    assert found == [message.subject for message in large]
+    await rig.publisher.publish_all([BusMessage("in", NAMES.inbox("s1", f"q{n}"), b"", {}) for n in range(1020)])
+    assert await rig.history.read_heads(stream, subject, start=1) is None
+
+
+@pytest.mark.parametrize("known", [2, 0])
+async def test_heads_are_as_new_as_the_leader(rig: Rig, monkeypatch: pytest.MonkeyPatch, known: int) -> None:
+    """A server that lags knows of the first messages, or of none."""
+    stream, subject = NAMES.stream_in, NAMES.inbox("s1")
+    persons = "abca"
+    await rig.publisher.publish_all([BusMessage("in", NAMES.inbox("s1", person), b"", {}) for person in persons])
+    first, last = await rig.history.first_and_last(stream)
+    asked = 0
+
+    async def lagging(*query: Any) -> tuple[list[StoredMessage], dict[str, str]]:
+        nonlocal asked
+        asked += 1
+        found, end = await direct_get(*query)
+        if asked > 2:
+            return found, end
+        if not known:
+            return [], {"Status": "404"}
+        old = [stored._replace(headers={}) for stored in found if stored.seq < first + known]
+        return old, {"Nats-UpTo-Sequence": str(first + known - 1)}
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
+    heads = await StreamHistory(rig.connection, replicated=True).read_heads(stream, subject, start=first)
+    assert heads is not None
+    assert ([stored.subject[-1] for stored in heads.messages], heads.up_to, asked) == (["b", "c", "a"], last, 3)

@@ -21,7 +21,7 @@ from tests.e2e.waiting import until
 
 BATCH = 3
 SUBJECTS = {
-    NAMES.stream_in: NAMES.inbox("s1"),
+    NAMES.stream_in: NAMES.inbox("s1", "p"),
     NAMES.stream_event: NAMES.event("s1", "receipt"),
     NAMES.stream_dead: NAMES.dead_letters(NAMES.stream_in),
     NAMES.stream_out: NAMES.out("s1"),

@@ -15,39 +15,37 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.bridge.entries import Secrets
+from adapter.bridge.media import MediaFetcher, name_media
 from adapter.content.media import silk_to_wav
 from adapter.contract.messages import ImageItem, Inbound, Media, MediaQuery, Window
 from adapter.contract.names import (
-    H_BOT,
     H_DURATION_MS,
     H_ERROR,
     H_ERROR_CODE,
     H_HEIGHT,
     H_LAST,
     H_MIME,
-    H_MSG_ID,
     H_NAME,
     H_NEXT,
     H_OFFSET,
-    H_SEALED,
     H_SHA256,
     H_SIZE,
     H_UPLOAD,
     H_WIDTH,
+    position,
 )
 from adapter.errors import Refused
-from adapter.inbound.media import MediaFetcher, name_media
 from adapter.jetstream.history import StreamHistory, direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.microservice import Services
 from adapter.jetstream.objects import CHUNK, ObjectStore, _upload_ident
 from adapter.kit.slots import FairSlots
 from adapter.kit.timing import SystemClock
-from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef, Pieces, SandboxRequest
-from adapter.security.seal import Sealer
 from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetch, MediaService
 from adapter.simulator import samples
+from tests.bus.inbox import SEALER, Inbox
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import until
 from tests.fakes import FakeCdn
@@ -63,10 +61,10 @@ class FakeFetcher:
 
     def __init__(self) -> None:
         self.does: dict[str, Callable[[], Awaitable[object]]] = {}
-        self.asked: list[tuple[str, int, str]] = []
+        self.asked: list[tuple[str, str, str]] = []
 
-    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
-        self.asked.append((sandbox, sequence, name))
+    async def ensure(self, sandbox: str, position: str, name: str) -> None:
+        self.asked.append((sandbox, position, name))
         await self.does[name]()
 
 
@@ -236,20 +234,20 @@ async def test_the_first_piece_says_what_it_is(place: Place, s1: Sandbox) -> Non
 
 async def test_who_waits_gets_what_is_fetched(place: Place, s1: Sandbox) -> None:
     place.fetcher.does["s1/in/x"] = lambda: place.store.put("s1/in/x", one(BYTES))
-    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    msg = await s1.ask_get("s1/in/x", position="7.0", wait_s=10)
     assert (msg.headers or {})[H_SHA256] == hashlib.sha256(BYTES).hexdigest()
     assert msg.data == BYTES[: len(msg.data)] != b""
-    assert place.fetcher.asked == [("s1", 7, "s1/in/x")]
-    await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    assert place.fetcher.asked == [("s1", "7.0", "s1/in/x")]
+    await s1.ask_get("s1/in/x", position="7.0", wait_s=10)
     assert len(place.fetcher.asked) == 1, "what is there is not fetched"
 
 
 async def test_who_names_no_message_or_does_not_wait_gets_only_what_is_stored(place: Place, s1: Sandbox) -> None:
     queries: list[dict[str, Any]] = [
         {},
-        {"sequence": 7},
+        {"position": "7.0"},
         {"wait_s": 10},
-        {"sequence": 7, "wait_s": 10, "after": 5},
+        {"position": "7.0", "wait_s": 10, "after": 5},
     ]
     answers = [await s1.ask_get("s1/in/x", **query) for query in queries]
     assert [code_of(msg) for msg in answers] == ["404"] * len(queries)
@@ -258,7 +256,7 @@ async def test_who_names_no_message_or_does_not_wait_gets_only_what_is_stored(pl
 
 async def test_a_fetch_of_others_media_is_not_begun(place: Place, s1: Sandbox) -> None:
     for name in ("s2/in/x", "s10/in/x", "s1", "/s2/in/x"):
-        assert code_of(await s1.ask_get(name, sequence=7, wait_s=10)) == "404"
+        assert code_of(await s1.ask_get(name, position="7.0", wait_s=10)) == "404"
     assert place.fetcher.asked == []
 
 
@@ -267,13 +265,13 @@ async def test_media_that_cannot_be_had_are_told_with_the_reason(place: Place, s
         raise Refused("corrupt", "The media cannot be decrypted.")
 
     place.fetcher.does["s1/in/x"] = refuse
-    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    msg = await s1.ask_get("s1/in/x", position="7.0", wait_s=10)
     assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("404", "The media cannot be decrypted.")
 
 
 async def test_media_that_take_longer_than_the_wait_are_told_as_such(place: Place, s1: Sandbox) -> None:
     place.fetcher.does["s1/in/x"] = asyncio.Event().wait
-    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=0.1)
+    msg = await s1.ask_get("s1/in/x", position="7.0", wait_s=0.1)
     assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("503", "The media are still being fetched: ask again.")
 
 
@@ -285,12 +283,12 @@ async def test_who_waits_takes_nothing_from_other_requests(place: Place, s1: San
         await place.store.put(f"{sandbox}/in/there", one(SECRET))
     s2 = Sandbox("s2", s1.nc)
     waiting = [
-        asyncio.create_task(s1.ask_get("s1/in/x", sequence=7, wait_s=10)) for _ in range(MAX_WAITS_PER_SANDBOX)
+        asyncio.create_task(s1.ask_get("s1/in/x", position="7.0", wait_s=10)) for _ in range(MAX_WAITS_PER_SANDBOX)
     ]
     await until(lambda: len(place.fetcher.asked) == MAX_WAITS_PER_SANDBOX, "all of them wait")
-    more = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    more = await s1.ask_get("s1/in/x", position="7.0", wait_s=10)
     assert (code_of(more), "ask again" in (more.headers or {})[H_ERROR]) == ("503", True)
-    others = asyncio.create_task(s2.ask_get("s2/in/x", sequence=7, wait_s=10))
+    others = asyncio.create_task(s2.ask_get("s2/in/x", position="7.0", wait_s=10))
     await until(lambda: len(place.fetcher.asked) == MAX_WAITS_PER_SANDBOX + 1, "the other waits, too")
     for asks in (s1, s2):
         quick = await asyncio.gather(*(asks.get(f"{asks.name}/in/there") for _ in range(20)))
@@ -301,7 +299,7 @@ async def test_who_waits_takes_nothing_from_other_requests(place: Place, s1: San
 
 
 async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_copy(place: Place) -> None:
-    cdn, sealer, metrics = FakeCdn(), Sealer((bytes(32),)), place.rig.metrics
+    cdn, metrics = FakeCdn(), place.rig.metrics
     cdn.has("p1", BYTES)
     source = MediaRef(0, "", "p1", None, "")
     items = name_media("s1", "u1", "in:1", [ImageItem()], [source])
@@ -309,17 +307,15 @@ async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_c
         id="in:1", sandbox="s1", bot="b1", user="u1", sent_at_ms=1, received_at_ms=1, text="", items=items,
         window=Window(remaining=9),
     )  # fmt: skip
-    headers = {H_MSG_ID: "in:1", H_BOT: "b1", H_SEALED: seal(sealer, "in:1", "b1", "s1", Sealed(media=(source,)))}
-    assert place.rig.connection.nc is not None
-    js = place.rig.connection.nc.jetstream()
-    ack = await js.publish(NAMES.inbox("s1"), msgspec.json.encode(inbound), headers=headers)
+    secrets = Secrets(media=((1, (source,)),))
+    sequence = await Inbox(place.rig).store([{}, inbound], secrets=secrets)
 
     def replica() -> MediaService:
         async def to_wav(silk: bytes) -> bytes | None:
             return None
 
         fetches = MediaFetcher(
-            cdn, place.store, StreamHistory(place.rig.connection), NAMES, sealer, to_wav, lambda *_: True,
+            cdn, place.store, StreamHistory(place.rig.connection), NAMES, SEALER, to_wav, lambda *_: True,
             FairSlots(8, share=4), SystemClock(), metrics,
         )  # fmt: skip
         return MediaService(place.store, fetches.ensure, metrics, max_bytes=MAX_BYTES)
@@ -327,12 +323,19 @@ async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_c
     (item,) = items
     assert isinstance(item, ImageItem)
     assert item.media is not None
-    ask = MediaQuery(object=item.media.object, sequence=ack.seq, wait_s=30)
+    ask = MediaQuery(object=item.media.object, position=position(sequence, 1), wait_s=30)
     request = SandboxRequest("s1", {}, msgspec.json.encode(ask))
     one_of, other = await asyncio.gather(replica().get(request), replica().get(request))
     assert one_of == other
     assert one_of.data == BYTES[: len(one_of.data)] != b""
     assert cdn.fetched == ["p1", "p1"]
+    for missing in (position(sequence, 0), position(sequence, 2), position(sequence + 1, 0)):
+        ask = MediaQuery(object=f"{item.media.object}x", position=missing, wait_s=30)
+        with pytest.raises(Refused, match="no message with this object"):
+            await replica().get(SandboxRequest("s1", {}, msgspec.json.encode(ask)))
+    ask = MediaQuery(object=item.media.object, position="7", wait_s=30)
+    with pytest.raises(Refused, match="A position is"):
+        await replica().get(SandboxRequest("s1", {}, msgspec.json.encode(ask)))
     stored = await place.rig.connection.api_request(f"STREAM.INFO.{STREAM}", {"subjects_filter": ">"})
     assert sum(stored["state"]["subjects"].values()) == -(-len(BYTES) // CHUNK) + 1
 

@@ -204,7 +204,7 @@ async def test_a_message_of_a_sandbox_is_no_larger_than_a_piece_of_media(server:
             await sandbox.nc.flush()
         else:
             await until(lambda: sandbox.nc.is_closed, "the server ends the connection")
-        await adapter.nc.publish(NAMES.inbox(OWN), bytes(size), headers=headers)
+        await adapter.nc.publish(NAMES.inbox(OWN, "p"), bytes(size), headers=headers)
         await adapter.nc.flush()
 
 

@@ -115,12 +115,12 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     assert rig.metrics.value("nats_publish_duration_seconds_sum", stream="event") > 0.2, "since it was first written"
 
 
-OTHERS = (NAMES.stream_in, f"KV_{NAMES.conversations}")
+OTHERS = (NAMES.stream_in, f"KV_{NAMES.persons}")
 
 
 async def others_go_on(rig: Rig, first: int = 0) -> None:
     """What is written to other streams than that of events is stored, and who asks is told that it can be."""
-    inbox, numbers = NAMES.inbox("s1"), range(first, first + 20)
+    inbox, numbers = NAMES.inbox("s1", "p"), range(first, first + 20)
     async with asyncio.timeout(PATIENCE_S):
         await rig.publisher.publish_all([BusMessage("in", inbox, b"%d" % n, {H_MSG_ID: f"i{n}"}) for n in numbers])
         await asyncio.gather(*(rig.bucket().update(f"k{number}", b"1", 0) for number in numbers))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import nats
 import pytest
 from nats.aio.client import ServerVersion
 from structlog.testing import capture_logs
@@ -25,6 +24,7 @@ from adapter.jetstream.topology import KEY, LAYOUT, Layout, read_layout, shape_o
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage
+from adapter.security import permissions
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
@@ -100,10 +100,10 @@ async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sent
 async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_keeps_them(bus: Bus) -> None:
     """As any other program makes one."""
     async with rig_on(bus, streams=False) as rig:
-        (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]
+        (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.persons}"]
         usual = {"allow_rollup_hdrs": True, "deny_purge": False, "allow_msg_ttl": False}
         await rig.connection.api_request(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
-        kept = await rig.bucket(NAMES.conversations).update("s1.u1", b"1", 0)
+        kept = await rig.bucket(NAMES.persons).update("s1.u1", b"1", 0)
         with pytest.raises(
             SettingsError, match=r"deny_purge is False, must be True; .*allow_msg_ttl is False, must be True"
         ):
@@ -111,7 +111,7 @@ async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_ke
         _, different, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
         await topology.alter_stream(rig.connection, wanted.name, different)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
-        assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
+        assert await rig.bucket(NAMES.persons).update("s1.u1", b"2", kept, ttl_s=60) > kept
 
 
 async def test_an_operators_own_limits_are_reported_and_never_changed(bus: Bus) -> None:
@@ -127,6 +127,25 @@ async def test_an_operators_own_limits_are_reported_and_never_changed(bus: Bus) 
 
         await topology.alter_stream(rig.connection, wanted.name, [difference])
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
+
+
+async def test_only_the_inbox_and_what_is_not_private_can_be_purged(rig: Rig) -> None:
+    """A person's subject is emptied by a purge, a command ends with a receipt and a key with a marker."""
+    refused = set()
+    for name in [wanted.name for wanted in topology.wanted_streams(NAMES, rig.bus.settings)]:
+        try:
+            await rig.history.purge(name, "nobody")
+        except BusRefused:
+            refused.add(name)
+    buckets = {f"KV_{name}" for name in permissions.buckets(NAMES)}
+    assert refused == {NAMES.stream_out, *buckets}
+
+
+async def test_what_comes_in_is_not_republished(rig: Rig) -> None:
+    """An entry holds what only the adapter may read."""
+    info = await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_in}")
+    assert "republish" not in info["config"]
+    assert info["config"]["subjects"] == ["wechat.inbox.*.*"]
 
 
 # the layout key ------------------------------------------------------------------------------------------
@@ -153,8 +172,8 @@ async def test_the_layout_key_has_the_settings_of_the_adapter_that_started_last(
 @pytest.mark.parametrize(
     ("value", "advice"),
     [
-        (b'{"version":9,"settings":{}}', "layout 9, this program has 1: use a newer program"),
-        (b"?", "layout 0, this program has 1: run `wechat-nats doctor --fix`"),
+        (b'{"version":9,"settings":{}}', "layout 9, this program has 2: use a newer program"),
+        (b"?", "layout 0, this program has 2: run `wechat-nats doctor --fix`"),
     ],
 )
 async def test_streams_of_another_layout_are_reported_at_the_start_and_while_running(
@@ -199,25 +218,6 @@ async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
     assert stored.pop("plain") == NAMES.out_plain
     assert stored == {name: f"wechat.out.{shard_of(name)}.{name}" for name in names}
     assert len({shard_of(name) for name in names}) > SHARDS / 2
-
-
-async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequence(rig: Rig) -> None:
-    nc = await rig.bus.client()
-    live = await nc.subscribe(NAMES.live("s1"))
-    await nc.flush()
-    for number in range(2):
-        await rig.publisher.publish(
-            BusMessage("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"})
-        )
-    await rig.publisher.publish(BusMessage("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
-    first, second = await live.next_msg(5), await live.next_msg(5)
-    assert (first.data, second.data) == (b"0", b"1")
-    assert second.headers is not None
-    seq = await rig.first(NAMES.stream_in)
-    assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == (str(seq + 1), str(seq))
-    with pytest.raises(nats.errors.TimeoutError):
-        await live.next_msg(0.1)
-    await nc.close()
 
 
 async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: Bus) -> None:

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import structlog
 
+from adapter.bridge.entries import messages_of
 from adapter.cli import main
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.demo import demo_settings
@@ -114,7 +115,8 @@ async def stored(sandbox: str, count: int = 1) -> list[dict[str, Any]]:
     async with connected_bus() as bus, asyncio.timeout(START_S):
         while True:
             place = bus.names.stream_in, bus.names.inbox(sandbox)
-            found = await bus.read_stored(*place, keep=lambda one: dict[str, Any](msgspec.json.decode(one.data)))
+            entries = await bus.read_stored(*place, keep=lambda one: messages_of(one.data))
+            found = [msgspec.json.decode(raw, type=dict[str, Any]) for messages in entries for raw in messages]
             if len(found) >= count:
                 return found
 

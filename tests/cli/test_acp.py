@@ -91,7 +91,7 @@ async def test_a_person_does_not_wait_for_the_answer_of_another(agent: AcpAgent)
     first = asyncio.ensure_future(agent(said("tools one", asked=asked)))
     await until(lambda: asked)
     other = said("hello")
-    other = other._replace(session="other", message=Message(other.message.sandbox, 8, other.message.inbound))
+    other = other._replace(session="other", message=Message(other.message.sandbox, "8.0", other.message.inbound))
     assert (await agent(other)).text == "hello"
     assert not first.done()
     first.cancel()
@@ -108,7 +108,7 @@ async def test_a_picture_is_part_of_the_prompt(agent: AcpAgent) -> None:
         return picture
 
     sandbox.read_media = read_media  # type: ignore[method-assign, assignment]
-    asked = said("")._replace(message=Message(sandbox, 7, inbound))
+    asked = said("")._replace(message=Message(sandbox, "7.0", inbound))
     assert (await agent(asked)).text == f"image/jpeg {len(picture)}"
 
 

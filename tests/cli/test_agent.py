@@ -94,7 +94,7 @@ def turn(text: str = "hello") -> Turn:
         text=text,
         items=[TextItem(text=text)],
     )
-    return Turn(Message(Sandbox("s1", Settings()), 7, inbound), "session", nobody)
+    return Turn(Message(Sandbox("s1", Settings()), "7.0", inbound), "session", nobody)
 
 
 def running(program: str, folder: Path) -> Program:

@@ -46,7 +46,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
         H_TIME_MS: "1760000000000",
         H_MSG_ID: f"original-{subject}-{len(body)}",
         H_TRACEPARENT: "00-x",
-        **({H_SANDBOX: subject.rpartition(".")[2]} if subject.count(".") > 1 and stream != CTL else {}),
+        **({H_SANDBOX: subject.split(".")[2]} if subject.count(".") > 1 and stream != CTL else {}),
         **extra,
     }
     if stream == IN:
@@ -56,7 +56,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
 
 async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.s1", b"private words")
-    await die(bus, IN, "wechat.inbox.s1", b"private words too")
+    await die(bus, IN, "wechat.inbox.s1.0123456789abcdef", b"private words too")
     result = await cli("dead", "ls")
     head, first, second = result.out.splitlines()
     assert head.split() == ["SEQ", "TIME", "SANDBOX", "STREAM", "REASON", "DETAIL", "SIZE"]
@@ -77,7 +77,7 @@ async def test_show_prints_headers_and_body(cli: Command, bus: BusConnection) ->
 
 
 async def test_show_opens_what_ilink_sent(cli: Command, bus: BusConnection) -> None:
-    await die(bus, IN, "wechat.inbox.s1", b'{"text":"private"}', **{H_BODY: "sealed"})
+    await die(bus, IN, "wechat.inbox.s1.0123456789abcdef", b'{"text":"private"}', **{H_BODY: "sealed"})
     result = await cli("dead", "show", "1")
     assert (result.code, result.err) == (0, "")
     assert "Wechat-Body: sealed" in result.out
@@ -95,7 +95,7 @@ async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
     cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
-    await die(bus, IN, "wechat.inbox.s1", b"private")
+    await die(bus, IN, "wechat.inbox.s1.0123456789abcdef", b"private")
     await die(bus, OUT, "wechat.out.s1", b"clear")
     letter, command = (await cli("dead", "show", "1", "2", "--json")).rows
     assert re.fullmatch(
@@ -191,7 +191,7 @@ async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: 
     assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1
 
 
-@pytest.mark.parametrize("subject", ["wechat.inbox.s1", "", "$KV.wechat_bindings.b"])
+@pytest.mark.parametrize("subject", ["wechat.inbox.s1.0123456789abcdef", "", "$KV.wechat_bindings.b"])
 async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: BusConnection, subject: str) -> None:
     await die(bus, IN, subject, b"{}")
     result = await cli("dead", "retry", "1")

@@ -11,20 +11,21 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from adapter.bridge.entries import Entry, Secrets, encode_end, encode_entry
+from adapter.bridge.persons import seal_state
+from adapter.bridge.record import PersonState
 from adapter.cli import permission_checks
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
-from adapter.contract.names import conversation_key, to_subject_token
-from adapter.contract.records import Binding, CheckpointRecord, ReaderRecord
+from adapter.contract.names import to_subject_token
+from adapter.contract.records import Binding, PersonKey, ReaderRecord
 from adapter.environment import read_settings
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import KEY
-from adapter.outbound.record import ConversationRecord, SendWindow
-from adapter.outbound.store import open_record, seal_record
-from adapter.security.seal import Sealer, checkpoint_context, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.process import TOKEN_KEY, started
@@ -179,7 +180,7 @@ SMALL = 10_000
 async def crowded(bus: BusConnection) -> dict[str, object]:
     """A hundred messages in the inbox, which are twice as large as SMALL; its configuration."""
     for number in range(100):
-        await bus.js.publish(bus.names.inbox("s1"), b"x" * 150 + str(number).encode())
+        await bus.js.publish(bus.names.inbox("s1", "p"), b"x" * 150 + str(number).encode())
     return await config_of(bus)
 
 
@@ -199,7 +200,7 @@ async def test_settings_of_a_shell_do_not_count_beside_the_layout_key(
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
     assert states(await cli("doctor", "--json"))["streams"] == "ok"
     fixed = await cli("doctor", "--fix", "--allow-loss", "--json")
-    assert said(fixed, "layout") == ("ok", "version 1, settings of the layout key, not those here"
+    assert said(fixed, "layout") == ("ok", "version 2, settings of the layout key, not those here"
         f" (WECHAT_NATS_IN_MAX_BYTES is {SMALL})")  # fmt: skip
     assert (await config_of(bus), await messages_of(bus)) == (before, 100)
 
@@ -213,7 +214,7 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     assert layout is not None
     await claims.write(KEY, None, layout.revision)
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
-    assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 1, settings of this shell.")
+    assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 2, settings of this shell.")
     refused = await cli("doctor", "--fix", "--json")
     words = re.findall(
         rf"Not changed without --allow-loss: WECHAT_IN: max_bytes from [0-9]+ to {SMALL}, with ([0-9]+) messages",
@@ -227,7 +228,7 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
 
 
 async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: BusConnection) -> None:
-    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":2,"settings":{}}', {})
+    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":3,"settings":{}}', {})
     assert said(await cli("doctor", "--json"), "layout")[0] == "fail"
     refused = await cli("doctor", "--fix")
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
@@ -534,78 +535,113 @@ async def test_rotating_a_key_leaves_no_adapter_with_a_token_that_it_cannot_open
                 assert sealer(*keys).open(binding.bot, binding.token) == "TOKEN", (before, after, keys)
 
 
-def checkpoint(inbox_seq: int, key: str = NEW) -> bytes:
-    """As a poller of the replica "r" leaves it."""
-    position = msgspec.msgpack.encode({"sandbox": "s1", "cursor": "c", "inbox_seq": inbox_seq})
-    sealed = sealer(key).seal_bytes(checkpoint_context("b1@im.bot", "r"), position)
-    return msgspec.json.encode(CheckpointRecord(owner="r", sealed=sealed))
-
-
-async def test_positions_above_a_restored_inbox_are_told_and_lowered(
-    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A backup of WECHAT_IN is older than what bots, users and agents have seen."""
+async def restored(bus: BusConnection) -> tuple[int, int]:
+    """An inbox that was put back: the last sequence of the one before, and of the one now."""
     names = bus.names
-    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", NEW)
-    was = (await bus.store(names.inbox("s1"), b"{}", {})).seq
+    was = (await bus.store(names.inbox("s1", "p"), b"{}", {})).seq
     config = (await bus.api_request(f"STREAM.INFO.{names.stream_in}"))["config"]
     await bus.api_request(f"STREAM.DELETE.{names.stream_in}")
     await bus.api_request(f"STREAM.CREATE.{names.stream_in}", config | {"first_seq": 100})
-    last = (await bus.store(names.inbox("s1"), b"{}", {})).seq
+    last = (await bus.store(names.inbox("s1", "p"), b"{}", {})).seq
     assert last == 100
-    bot, user = to_subject_token("b1@im.bot"), conversation_key("s1", "u1@im.wechat")
-    keys = [f"$KV.{names.checkpoints}.{bot}", f"$KV.{names.conversations}.{user}", f"$KV.{names.readers}.s1"]
-    told = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
-    await bus.store(keys[0], checkpoint(was), {"Nats-TTL": "3600s"})
-    await bus.store(keys[1], seal_record(user, told, sealer(NEW)), {})
-    revision = (await bus.store(keys[2], msgspec.json.encode(ReaderRecord(handled=was)), {})).seq
-    await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(ReaderRecord(handled=last, reader=7)), {})
-
-    assert (await say_of(cli, "positions")).startswith(
-        "3 are above the last sequence of WECHAT_IN, which was set back"
-    )
-    assert "lowering 3 positions to the last sequence of WECHAT_IN" in (await cli("doctor", "--fix")).out
-    assert await say_of(cli, "positions") == "none is above the last sequence of WECHAT_IN"
-
-    stored = [await bus.history.read_last(f"KV_{key.split('.')[1]}", key) for key in keys]
-    values = [one.data for one in stored if one is not None]
-    found = msgspec.json.decode(values[0], type=CheckpointRecord)
-    position = sealer(NEW).open_bytes(checkpoint_context("b1@im.bot", "r"), found.sealed)
-    assert (found.owner, msgspec.msgpack.decode(position)) == (
-        "r",
-        {"sandbox": "s1", "cursor": "c", "inbox_seq": last},
-    )
-    assert stored[0] is not None
-    assert stored[0].headers["Nats-TTL"] == "3600s"
-    window = msgspec.structs.replace(told.window, sequence=last)
-    lowered = msgspec.structs.replace(told, inbox_seq=last, window=window)
-    assert open_record(user, values[1], sealer(NEW)) == lowered
-    assert msgspec.json.decode(values[2], type=ReaderRecord) == ReaderRecord(handled=last, reader=revision)
+    return was, last
 
 
-@pytest.mark.parametrize("key", ["", OLD])
-async def test_a_position_is_lowered_only_with_its_key(
-    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, key: str
+async def test_readers_above_a_restored_inbox_are_named_and_reset(cli: Command, bus: BusConnection) -> None:
+    """A backup of WECHAT_IN is older than what agents have seen."""
+    names = bus.names
+    was, last = await restored(bus)
+    for sandbox, reader in {
+        "s1": ReaderRecord(handled=was, number=3),
+        "s2": ReaderRecord(handled=last, reader=7),
+    }.items():
+        await bus.store(f"$KV.{names.readers}.{sandbox}", msgspec.json.encode(reader), {"Nats-TTL": "3600s"})
+    stored = await bus.history.read_last(f"KV_{names.readers}", f"$KV.{names.readers}.s1")
+    assert stored is not None
+    assert (await say_of(cli, "readers")).startswith("s1: above the last sequence of WECHAT_IN, which was set back")
+    assert "setting the readers of s1 to the last sequence of WECHAT_IN" in (await cli("doctor", "--fix")).out
+    assert await say_of(cli, "readers") == "none is above the last sequence of WECHAT_IN"
+    found = [one async for one in bus.history.read(f"KV_{names.readers}", f"$KV.{names.readers}.>")]
+    assert [msgspec.json.decode(one.data, type=ReaderRecord) for one in found] == [
+        ReaderRecord(handled=last, reader=7),
+        ReaderRecord(handled=last, reader=stored.seq),
+    ]
+    assert found[1].headers["Nats-TTL"] == "3600s"
+
+
+BOUND = PersonKey("s1", "0123456789abcdef", 5)
+
+
+async def said_of_persons(cli: Command) -> list[tuple[str, str]]:
+    rows = (await cli("doctor", "--json")).rows
+    return [(str(row["state"]), str(row["say"])) for row in rows if row["check"] == "persons"]
+
+
+async def bind_person(bus: BusConnection, key: PersonKey = BOUND) -> None:
+    token = sealer(NEW).seal("b1@im.bot", "T")
+    binding = Binding(sandbox=key.sandbox, bot="b1@im.bot", token=token, person=key.person, since=key.since)
+    await bus.store(f"$KV.{bus.names.bindings}.b1", msgspec.json.encode(binding), {})
+
+
+async def store_entry(bus: BusConnection, person: str, key: str = NEW) -> None:
+    subject = bus.names.inbox("s1", person)
+    data = encode_entry(Entry(since=5), Secrets(token="T"), subject, sealer(key))
+    await bus.store(subject, data, {})
+
+
+async def test_what_a_restore_left_of_persons_whom_no_binding_has_is_deleted(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
-    names, conversation = bus.names, conversation_key("s1", "u1@im.wechat")
-    values = {
-        f"$KV.{names.checkpoints}.{to_subject_token('b1@im.bot')}": checkpoint(2**60),
-        f"$KV.{names.conversations}.{conversation}": seal_record(
-            conversation, ConversationRecord(inbox_seq=2**60), sealer(NEW)
-        ),
-    }
-    for subject, value in values.items():
-        await bus.store(subject, value, {})
-    assert "lowering" not in (await cli("doctor", "--fix")).out
-    said = await say_of(cli, "positions")
-    assert said.startswith(
-        "2 cannot be told, and --fix does not lower them: their key is not in WECHAT_NATS_TOKEN_KEY"
-    )
-    for subject, value in values.items():
-        found = await bus.history.read_last(f"KV_{subject.split('.')[1]}", subject)
-        assert found is not None
-        assert found.data == value
+    """The end of a person's time stays: late writes meet it."""
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", NEW)
+    await bind_person(bus)
+    for person in (BOUND.person, "a" * 16, "a" * 16, "b" * 16, "c" * 16):
+        await store_entry(bus, person)
+    await bus.store(bus.names.inbox("s1", "c" * 16), encode_end(5), {})
+    gone = "3 entries of 2 persons whom no binding has"
+    told = ("warn", f"{gone}, as after a restore: --fix deletes them.")
+    assert await said_of_persons(cli) == [("ok", "3 sealed"), told]
+    assert f"deleting {gone}" in (await cli("doctor", "--fix")).out
+    assert await said_of_persons(cli) == [("ok", "1 sealed")]
+    left = [one.subject[-16:] async for one in bus.history.read(bus.names.stream_in, bus.names.inbox("s1"))]
+    assert left == [BOUND.person, "c" * 16, "c" * 16]
+
+
+@pytest.mark.parametrize("is_unreadable", [False, True], ids=["lost", "unreadable"])
+async def test_nobodys_entries_are_deleted_while_their_bindings_are_lost(
+    cli: Command, bus: BusConnection, is_unreadable: bool
+) -> None:
+    """`--fix` has made the bucket anew, or does not know what it holds."""
+    if is_unreadable:
+        await bus.store(f"$KV.{bus.names.bindings}.b1", b"{}", {})
+    await store_entry(bus, BOUND.person)
+    assert "deleting" not in (await cli("doctor", "--fix")).out
+    assert (await bus.js.stream_info(bus.names.stream_in)).state.messages == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "state", "word"),
+    [
+        (f"{NEW},{OLD}", "warn", "2 sealed with an older key, 1 sealed: keep the older key until there are none"),
+        (NEW, "fail", "2 sealed with a key that is not set here, or damaged, 1 sealed: set that key too"),
+        ("", "warn", "without WECHAT_NATS_TOKEN_KEY it cannot be told"),
+    ],
+    ids=["rotated", "lost", "keyless"],
+)
+async def test_doctor_counts_the_persons_who_need_another_key(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, keys: str, state: str, word: str
+) -> None:
+    """By their newest entry or their record: both are opened when the person is taken."""
+    await bind_person(bus)
+    for person, by in ((BOUND.person, OLD), (BOUND.person, NEW), ("a" * 16, OLD), ("b" * 16, NEW)):
+        await store_entry(bus, person, by)
+    key = PersonKey("s1", "b" * 16, 5)
+    record = seal_state(key, "u1@im.wechat", PersonState(), sealer(OLD))
+    await bus.store(f"$KV.{bus.names.persons}.{key.key}", record, {})
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", keys)
+    found, _ = await said_of_persons(cli)
+    assert found[0] == state
+    assert word in found[1]
 
 
 async def say_of(cli: Command, check: str) -> str:

@@ -16,9 +16,11 @@ from adapter.contract.names import H_NEXT, H_SHA256
 from tests.cli.conftest import Command
 
 
-@pytest.mark.parametrize(("options", "sequence", "wait_s"), [((), 0, 0), (("--sequence", "4711"), 4711, WAIT_S)])
+@pytest.mark.parametrize(
+    ("options", "position", "wait_s"), [((), "", 0), (("--position", "4711.0"), "4711.0", WAIT_S)]
+)
 async def test_who_names_the_message_waits_for_its_media(
-    cli: Command, bus: BusConnection, tmp_path: Path, options: tuple[str, ...], sequence: int, wait_s: float
+    cli: Command, bus: BusConnection, tmp_path: Path, options: tuple[str, ...], position: str, wait_s: float
 ) -> None:
     asked: list[MediaQuery] = []
     pieces = [b"one ", b"two"]
@@ -32,5 +34,5 @@ async def test_who_names_the_message_waits_for_its_media(
     await bus.nc.flush()
     assert (await cli("media", "get", "s1/in/x", str(tmp_path / "x"), *options)).code == 0
     assert (tmp_path / "x").read_bytes() == b"one two"
-    one = MediaQuery(object="s1/in/x", sequence=sequence, wait_s=wait_s)
+    one = MediaQuery(object="s1/in/x", position=position, wait_s=wait_s)
     assert asked == [one, msgspec.structs.replace(one, after=7)]

@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
+from adapter.bridge.persons import seal_state
+from adapter.bridge.record import PersonState, SentText
 from adapter.cli.bus import BusConnection
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, conversation_key, to_subject_token
-from adapter.contract.records import LoginRecord
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, person_token, to_subject_token
+from adapter.contract.records import LoginRecord, PersonKey
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.outbound.record import ConversationRecord, SentText
-from adapter.outbound.store import seal_record
 from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
@@ -27,7 +27,7 @@ from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command, stored
 from tests.cli.process import TOKEN_KEY, on_terminal, seen
 
-KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "checkpoint"}
+KINDS = {"person", "login", "message", "event", "receipt", "dead_letter", "media", "poll"}
 """All that is there once a person's bots are unbound and their commands have ended."""
 
 
@@ -119,7 +119,7 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
     assert naming(left, *words) == []
     kept = {(one.subject, one.seq) for one in naming(left, *others)}
     assert {subject for subject, _ in of_others - kept} <= {
-        f"$KV.{bus.names.conversations}.s2.{to_subject_token(stays.user)}"
+        f"$KV.{bus.names.persons}.s2.{person_token('s2', stays.user)}"
     }
     (audit,) = [one for one in left if one.subject == bus.names.event("s1", "erased")]
     event = msgspec.json.decode(audit.data, type=ErasedEvent)
@@ -176,12 +176,14 @@ async def test_an_export_has_every_message_and_no_secret(
     exported = await cli("export", "--user", bot.user)
     counted = (await cli("erase", "--user", bot.user, "--dry-run", "--json")).rows[0]["counts"]
     assert {kind: sum(row["kind"] == kind for row in exported.rows) for kind in counted} == counted
-    assert [row["content"]["text"] for row in exported.rows if row["kind"] == "message"][:1] == ["secret of s1"]
+    (first, *_) = [row["content"] for row in exported.rows if row["kind"] == "message"]
+    assert (first["messages"][0]["text"], first["sealed"]) == ("secret of s1", "***")
     assert bot.token not in exported.out
     assert "secret of s2" not in exported.out
-    assert [row["content"][:10] for row in exported.rows if row["kind"] == "conversation"] == ["(withheld:"]
+    assert [row["content"][:10] for row in exported.rows if row["kind"] == "person"] == ["(withheld:"]
 
 
+PERSON = PersonKey("s1", person_token("s1", "u1@im.wechat"), 1)
 SENT = [SentText(id="m1", kind="text", text="what was sent")]
 
 
@@ -192,28 +194,32 @@ async def test_an_export_opens_what_is_sealed_with_the_key_and_says_where_it_lac
     headers, sealer = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}, Sealer((bytes(32),))
     sealed = sealer.seal_bytes(dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}')
     await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), sealed, headers=headers)
-    key, record = conversation_key("s1", "u1@im.wechat"), ConversationRecord(token="sesame", sent=SENT)
-    await bus.store(f"$KV.{bus.names.conversations}.{key}", seal_record(key, record, sealer), {})
+    state = PersonState(token="sesame", cursor="sesame too", sent=SENT)
+    await bus.store(f"$KV.{bus.names.persons}.{PERSON.key}", seal_state(PERSON, "u1@im.wechat", state, sealer), {})
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY if has_key else "")
     rows = {row["kind"]: row["content"] for row in (await cli("export", "--user", "u1@im.wechat")).rows}
     if has_key:
         assert rows == {
-            "conversation": {"token": "***", "sent": [{"id": "m1", "kind": "text", "text": "what was sent"}]},
+            "person": {
+                "token": "***",
+                "cursor": "***",
+                "sent": [{"id": "m1", "kind": "text", "text": "what was sent"}],
+            },
             "dead_letter": {"text": "hi", "context_token": "***"},
         }
     else:
-        assert rows.keys() == {"conversation", "dead_letter"}
+        assert rows.keys() == {"person", "dead_letter"}
         assert all("that is not in WECHAT_NATS_TOKEN_KEY" in content for content in rows.values())
 
 
-async def test_an_export_shows_nothing_of_a_conversation_that_a_newer_version_wrote(
+async def test_an_export_shows_nothing_of_a_record_that_a_newer_version_wrote(
     cli: Command, bus: BusConnection
 ) -> None:
-    subject = f"$KV.{bus.names.conversations}.{conversation_key('s1', 'u1@im.wechat')}"
-    await bus.store(subject, b'{"v":2,"token":"sesame"}', {})
+    newer = b'{"v":2,"user":"u1@im.wechat","token":"sesame"}'
+    await bus.store(f"$KV.{bus.names.persons}.{PERSON.key}", newer, {})
     (row,) = (await cli("export", "--user", "u1@im.wechat")).rows
     assert (row["kind"], row["content"]) == (
-        "conversation",
+        "person",
         "(withheld: a newer version wrote it, or it is damaged)",
     )
 

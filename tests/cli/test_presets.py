@@ -86,7 +86,7 @@ async def test_an_agent_writes_into_the_folder_of_its_message_alone(name: str, t
         sent.append(file)
         return OutFile(media=Media(object="o", mime="text/plain", size=1))
 
-    out, elsewhere = tmp_path / "files" / f"7-{os.getpid()}" / "out" / "report.txt", tmp_path / "report.txt"
+    out, elsewhere = tmp_path / "files" / f"7.0-{os.getpid()}" / "out" / "report.txt", tmp_path / "report.txt"
     for path in (out, elsewhere):
         asked = said(f"write:{path}")
         asked.message.sandbox.item_of = item_of  # type: ignore[method-assign, assignment]

@@ -72,7 +72,7 @@ FORBIDDEN = {
     "dead ls": "$JS.API.STREAM.INFO.WECHAT_DEAD",
     "dead show 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
     "dead drop 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
-    "trace s2 x": "$JS.API.STREAM.INFO.WECHAT_IN",
+    "trace s2 x": "$JS.API.STREAM.INFO.WECHAT_EVENT",
 }
 
 

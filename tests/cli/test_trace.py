@@ -113,4 +113,4 @@ async def test_a_message_that_became_a_dead_letter_is_found_by_its_trace(cli: Co
 async def test_a_bus_without_streams_is_said(cli: Command, server: EmbeddedNats) -> None:
     result = await cli("trace", "s1", "m1")
     assert result.code == 3
-    assert "WECHAT_IN" in result.err
+    assert "WECHAT_EVENT" in result.err

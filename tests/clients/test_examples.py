@@ -293,7 +293,7 @@ async def repeats(language: Language, folder: Path) -> None:
             assert await send.ended() == 0, send.said
         async with language.run("echo", "s1", NATS_URL=server.url) as echo:
             await echo.says("answered in-1")
-            await until(lambda: adapter.position == 1, "it is confirmed")
+            await until(lambda: adapter.handled == 1, "it is confirmed")
         await nc.close()
     assert [len(tries) for tries in published.values()] == [2, 2]
     assert all(first == second for first, second in published.values())

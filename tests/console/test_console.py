@@ -99,7 +99,7 @@ class Office:
 
     def console(self, addr: str = "127.0.0.1:0") -> Console:
         bench, auth = self.bench, ConsoleAuth(TOKEN)
-        health = BotHealth(self.replicas, bench.store, WINDOW, self.clock)
+        health = BotHealth(self.replicas, bench.persons, WINDOW, self.clock)
         bus: Any = bench.bus
         service = ConsoleService(
             auth, bench.bindings, self.replicas, health, bus, bus, bench.names, self.records, self.handlers
@@ -450,7 +450,7 @@ async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
 
 
 async def test_what_a_user_wrote_cannot_be_tried_again(office: Office) -> None:
-    seq = office.letter("wechat.inbox.s1")
+    seq = office.letter("wechat.inbox.s1.0123456789abcdef")
     assert "Try again" not in (await office.browser.get("/dead")).text
     answer = await office.post(f"/dead/{seq}", do="retry")
     assert answer.status_code == 400
@@ -564,7 +564,7 @@ async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     async def load_all(whose: object) -> None:
         raise KeyError(whose)
 
-    monkeypatch.setattr(office.bench.store, "load_all", load_all)
+    monkeypatch.setattr(office.bench.persons, "load_all", load_all)
     with capture_logs() as logs:
         answer = await office.browser.get("/")
     assert answer.status_code == 500

@@ -29,8 +29,8 @@ class Asker:
         self.nc = nc
         self.sandbox = sandbox
         self.reader: int | None = None
-        self.handled: int | None = None
-        """Sequence of the last message that was taken."""
+        self.handled: str | None = None
+        """Position of the last message that was taken."""
 
     async def ask(self, query: NextQuery, timeout_s: float = 10.0) -> NextPage:
         """Raises AskRefused, NatsError."""
@@ -47,7 +47,7 @@ class Asker:
         page = await self.ask(NextQuery(reader=self.reader, after=self.handled, max=most), timeout_s)
         self.reader = page.reader
         if page.messages:
-            self.handled = page.messages[-1].sequence
+            self.handled = page.messages[-1].position
         return [msgspec.json.decode(handed.message, type=Inbound) for handed in page.messages]
 
     async def take_patiently(self, most: int = 100) -> list[Inbound]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from nats.aio.client import Client
 
+from adapter.bridge.entries import messages_of
 from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Receipt
 from tests.e2e.reading import NAMES, Listener, Live, stream
 
@@ -110,11 +111,12 @@ async def _inbound(
 ) -> None:
     on_bus: dict[str, list[str]] = defaultdict(list)
     for subject, data in await stream(nc, NAMES.stream_in, NAMES.inbox("*")):
-        inbound = msgspec.json.decode(data, type=Inbound)
-        sandbox = subject.rpartition(".")[2]
-        found.stored += 1
-        on_bus[sandbox].append(inbound.text)
-        _whose(made, sandbox, inbound, f"the inbox of {sandbox}", found)
+        sandbox = subject.split(".")[2]
+        for message in messages_of(data):
+            inbound = msgspec.json.decode(message, type=Inbound)
+            found.stored += 1
+            on_bus[sandbox].append(inbound.text)
+            _whose(made, sandbox, inbound, f"the inbox of {sandbox}", found)
     for sandbox, said in made.said.items():
         received = Counter(on_bus[sandbox])
         missing = [text for text in said if not received[text]]
@@ -145,13 +147,13 @@ def misplaced(there: Sequence[str], wanted: Sequence[str]) -> int:
 def _live(made: World, listener: Listener, found: Audit) -> None:
     for sandbox, received in listener.received.items():
         found.live += len(received)
-        first: dict[int, Live] = {}
+        first: dict[tuple[int, int], Live] = {}
         for live in received:
-            first.setdefault(live.seq, live)  # one sequence was stored once: the next copy is the server's
+            first.setdefault(live.place, live)  # what has a position was stored once
         found.repeated_live += len(received) - len(first)
         times = Counter(live.inbound.id for live in first.values())
         found.doubled += [f"{sandbox} was told {ident} {n} times" for ident, n in times.items() if n > 1]
-        if any(later.seq < earlier.seq for earlier, later in pairwise(first.values())):
+        if any(later.place < earlier.place for earlier, later in pairwise(first.values())):
             found.disordered.append(f"{sandbox} was told messages out of order")
         for live in received:
             _whose(made, sandbox, live.inbound, f"what {sandbox} was told", found)

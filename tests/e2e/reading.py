@@ -12,8 +12,9 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.bridge.entries import messages_of
 from adapter.contract.messages import Inbound, MediaQuery
-from adapter.contract.names import H_ERROR, H_NEXT, H_SHA256, H_SIZE, Names
+from adapter.contract.names import H_ERROR, H_NEXT, H_POSITION, H_SHA256, H_SIZE, Names, position, read_position
 from tests.e2e.waiting import eventually
 
 NAMES = Names()
@@ -32,9 +33,9 @@ async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]
 
 
 async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
-    """What the sandbox's inbox holds, oldest first."""
+    """What the inbox of a sandbox, or of all (`*`), holds, oldest first."""
     stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+    return [msgspec.json.decode(message, type=Inbound) for _, data in stored for message in messages_of(data)]
 
 
 async def arrived(nc: Client, sandbox: str, count: int) -> list[Inbound]:
@@ -58,11 +59,16 @@ class Got(NamedTuple):
 async def read_media(nc: Client, sandbox: str, name: str, *, wait_s: float = 60.0) -> Got:
     """The media of a message, waited for. Raises LookupError with the adapter's sentence."""
     found = await _read(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    sequence = next(seq for seq, _, data in found if f'"{name}"'.encode() in data)
+    place = next(
+        position(seq, number)
+        for seq, _, data in found
+        for number, message in enumerate(messages_of(data))
+        if f'"{name}"'.encode() in bytes(message)
+    )
     data, after = b"", 0
     first: dict[str, str] = {}
     while True:
-        query = MediaQuery(object=name, after=after, sequence=sequence, wait_s=wait_s)
+        query = MediaQuery(object=name, after=after, position=place, wait_s=wait_s)
         subject = NAMES.svc(f"media.get.{sandbox}")
         try:
             answer = await nc.request(subject, msgspec.json.encode(query), timeout=wait_s + 20)
@@ -122,7 +128,8 @@ async def _read(nc: Client, name: str, subject: str) -> list[tuple[int, str, byt
 class Live(NamedTuple):
     """What a plain subscriber of a sandbox got."""
 
-    seq: int
+    place: tuple[int, int]
+    """Its position."""
     inbound: Inbound
 
 
@@ -139,5 +146,5 @@ class Listener:
 
     async def _on_message(self, msg: Msg) -> None:
         headers = msg.headers or {}
-        live = Live(int(headers["Nats-Sequence"]), msgspec.json.decode(msg.data, type=Inbound))
+        live = Live(read_position(headers[H_POSITION]), msgspec.json.decode(msg.data, type=Inbound))
         self.received[msg.subject.rpartition(".")[2]].append(live)

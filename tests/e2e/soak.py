@@ -162,7 +162,7 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_SEND_GAP_MS": "200",
         "WECHAT_NATS_WINDOW_HOURS": str(WINDOW_S / 3600),
         "WECHAT_NATS_PARK_HOURS": str(AGE_S / 3600),
-        "WECHAT_NATS_IN_MAX_AGE_H": str(AGE_S / 3600),
+        "WECHAT_NATS_IN_MAX_AGE_H": str(WINDOW_S / 3600 + 1),
         "WECHAT_NATS_IN_MAX_PER_SANDBOX": "50",
         "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),
     }
@@ -461,7 +461,7 @@ def panels(series: dict[str, Series]) -> list[tuple[str, list[Series]]]:
         ("tasks", some("adapter .", "tasks")),
         ("open files", some("adapter .", "open files")),
         ("memory of nats-server, and what of it is live", some("nats-server(?: live| blocks in)?", "memory")),
-        ("keys of buckets", some("KV_wechat_(?:bindings|checkpoints|conversations|logins)", "keys")),
+        ("keys of buckets", some("KV_wechat_(?:bindings|persons|polls|logins)", "keys")),
         ("messages of streams", some(kept_by_age, "keys")),
         ("bytes of streams", some(kept_by_age, "bytes")),
     ]

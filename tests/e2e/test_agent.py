@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -25,6 +26,9 @@ from nats.errors import Error as NatsError
 from nats.js.errors import KeyNotFoundError
 
 from adapter.agent.texts import TEXTS
+from adapter.bridge.entries import messages_of
+from adapter.contract.names import read_position
+from adapter.contract.records import ReaderRecord
 from tests.cli.process import alive
 from tests.e2e.world import NAMES, World, eventually, time_ms, until, world
 from tests.forks import Forked, fork
@@ -34,7 +38,7 @@ import json, os, pathlib, sys, time
 text, folder = sys.stdin.read(), pathlib.Path(sys.argv[1])
 with (folder / "runs").open("a") as runs:
     run = {"pid": os.getpid(), "at": time.time(), "text": text, "session": os.environ["WECHAT_SESSION"]}
-    run["sequence"] = int(os.environ["WECHAT_SEQUENCE"])
+    run["position"] = os.environ["WECHAT_POSITION"]
     runs.write(json.dumps(run) + "\\n")
 word = text.partition(" ")[0]
 while word == "wait" and not (folder / "go").exists():
@@ -136,19 +140,19 @@ async def settled(made: World) -> None:
 
     async def all_are() -> bool:
         last = await nc.jetstream().get_last_msg(NAMES.stream_in, NAMES.inbox("s1"))
-        return await confirmed(nc) == last.seq
+        return await confirmed(nc) >= (last.seq, len(messages_of(last.data or b"")) - 1)
 
     await eventually(all_are, "all is confirmed")
 
 
-async def confirmed(nc: Client) -> int:
-    """The sequence up to which all messages are, once the server answers; 0: none is."""
+async def confirmed(nc: Client) -> tuple[int, int]:
+    """The position up to which all messages are, once the server answers."""
     while True:
         try:
             readers = await nc.jetstream().key_value(NAMES.readers)
-            return int(json.loads((await readers.get("s1")).value or b"{}").get("handled", 0))
+            return msgspec.json.decode((await readers.get("s1")).value or b'{"v":1}', type=ReaderRecord).place
         except KeyNotFoundError:
-            return 0
+            return 0, 0
         except (NatsError, TimeoutError):
             await asyncio.sleep(0.1)
 
@@ -175,8 +179,8 @@ async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> N
         assert sessions[5] not in sessions[:5]
         assert await agent.end() == 0
         await agent.start()
-        sequences = [run["sequence"] for run in agent.runs]
-        assert sequences == sorted(set(sequences))
+        positions = [read_position(run["position"]) for run in agent.runs]
+        assert positions == sorted(set(positions))
         made.say("s1", "three")
         await until(lambda: len(agent.runs) == 7, "the program runs")
         assert agent.runs[6]["session"] == sessions[5]
@@ -377,10 +381,9 @@ async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Pat
         assert ids[0] == receiver.events[0]["data"]["id"]
         assert len(set(ids)) == 6
         assert len({event["session"] for event in receiver.events}) == 1
-        assert [event["sequence"] for event in receiver.events] == sorted(
-            event["sequence"] for event in receiver.events
-        )
-        assert len({event["sequence"] for event in receiver.events}) == 6
+        positions = [read_position(event["position"]) for event in receiver.events]
+        assert positions == sorted(positions)
+        assert len(set(positions)) == 6
         log = agent.log.read_text()
         assert receiver.secret not in log
         assert (log.count("agent.failed"), log.count("HTTP 503. The agent is asked again")) == (3, 1)
@@ -424,7 +427,7 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
         await made.bind(nc, "s1", other)
         users = [first, other]
         said: dict[str, list[str]] = {user.user: [] for user in users}
-        deaths: list[tuple[int, int]] = []
+        deaths: list[tuple[tuple[int, int], int]] = []
         """What was confirmed before each death of the command, and how many runs there were."""
 
         async def talk() -> None:
@@ -446,9 +449,9 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
                     case "adapter":
                         await made.adapters[0].kill()
                     case way:
-                        sequence = await confirmed(nc)
+                        place = await confirmed(nc)
                         await agent.end(signal.SIGKILL if way == "command" else signal.SIGTERM)
-                        deaths.append((sequence, len(agent.runs)))
+                        deaths.append((place, len(agent.runs)))
                 await agent.start_unless_running()
                 await made.adapters[0].start()
         for user, texts in said.items():
@@ -458,5 +461,5 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
         for user, texts in said.items():
             assert [shown.text for shown in made.sim.phone(user)] == texts
         assert len(deaths) > 3
-        for sequence, count in deaths:
-            assert all(run["sequence"] > sequence for run in agent.runs[count:])
+        for place, count in deaths:
+            assert all(read_position(run["position"]) > place for run in agent.runs[count:])

@@ -115,7 +115,7 @@ async def test_media_come_and_go(place: Place, tmp_path: Path) -> None:
         assert shown[:2] == [("file", digests[0], "back again.bin"), ("image", digests[1], "")]
         assert shown[2][:2] == ("file", digests[0])
         with pytest.raises(Refused, match="no message with this object"):
-            await sandbox.read_media("s1/out/nothing", message.sequence)
+            await sandbox.read_media("s1/out/nothing", message.position)
         with pytest.raises(Refused, match="is empty"):
             await message.reply("And nothing:", files=[b""])
 

@@ -15,8 +15,8 @@ from nats.aio.client import Client
 from synadia_ai.agent_service import AgentService, PromptStream
 from synadia_ai.agents import Attachment, Envelope, ResponseChunk
 
+from adapter.bridge.media import WHY
 from adapter.cli.embedded import EmbeddedNats
-from adapter.inbound.media import WHY
 from adapter.simulator import FaultRule
 from tests.e2e.test_agent import agent_running, settled, shows
 from tests.e2e.waiting import free_port

@@ -84,9 +84,10 @@ async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_pat
             made.bots[sandbox] = made.sim.add_bot()
             await made.bind(nc, sandbox, made.bots[sandbox])
             made.say(sandbox, "hello")
+            await made.command(nc, sandbox, f"to-{sandbox}")
 
         async def records() -> set[str]:
-            found = await stream(nc, f"KV_{NAMES.conversations}", f"$KV.{NAMES.conversations}.>")
+            found = await stream(nc, f"KV_{NAMES.persons}", f"$KV.{NAMES.persons}.>")
             return {subject.split(".")[2] for subject, _ in found}
 
         async def left(*kept: str) -> bool:

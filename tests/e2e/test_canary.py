@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from nats.aio.client import Client
 
-from adapter.outbound.store import open_record
+from adapter.bridge.persons import open_state
 from adapter.security.seal import Sealer
 from tests import canary
 from tests.e2e.world import NAMES, TOKEN_KEY, World, eventually, stream, until, world
@@ -31,11 +31,13 @@ async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[obje
 async def nothing(_: World, __: Client) -> None: ...
 
 
-async def test_a_conversations_record_holds_the_token_and_the_text_that_are_searched(tmp_path: Path) -> None:
-    async def look(_: World, nc: Client) -> None:
+async def test_a_persons_record_holds_the_token_and_the_text_that_are_searched(tmp_path: Path) -> None:
+    async def look(made: World, nc: Client) -> None:
+        await made.command(nc, "s1", "c2")  # its record has what was sent before
+
         async def has_sent() -> bool:
-            ((subject, data),) = await stream(nc, f"KV_{NAMES.conversations}", ">")
-            record = open_record(subject.split(".", 2)[2], data, Sealer((base64.b64decode(TOKEN_KEY),)))
+            ((subject, data),) = await stream(nc, f"KV_{NAMES.persons}", ">")
+            _, record = open_state(subject.split(".", 2)[2], data, Sealer((base64.b64decode(TOKEN_KEY),)))
             return record.token.startswith(canary.CONTEXT) and [each.text for each in record.sent] == ["answer c1"]
 
         await eventually(has_sent, "the answer is in the record")

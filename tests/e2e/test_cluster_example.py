@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 from adapter.contract.messages import Inbound
 from adapter.jetstream.topology import wanted_streams
 from adapter.settings import Settings
+from tests import canary
 from tests.e2e.cluster import NatsCluster
-from tests.e2e.world import NAMES, world
+from tests.e2e.world import NAMES, until, world
 
 FOLDER = Path(__file__).parents[2] / "helm" / "nats"
 
@@ -71,5 +73,11 @@ async def test_the_sizes_of_the_example_are_enough_and_one_server_may_die(
             receipt = msgspec.json.decode((await receipts.next_msg(timeout=30)).data)
             assert receipt["outcome"] == "accepted"
             if text == "of three":
+                gone = partial(_is_clean, tmp_path / "nats", made.texts())
+                await until(gone, "the bind is gone from all disks")
                 (await made.cluster.leader(NAMES.stream_in)).kill()
         await nc.close()
+
+
+def _is_clean(disks: Path, texts: set[str]) -> bool:
+    return not canary.leaks_on_disk(disks, texts)

@@ -13,15 +13,16 @@ import pytest
 from nats.errors import Error as NatsError
 
 from tests.e2e.busy import BOTS, faultless, polled_anew, running, talking
-from tests.e2e.world import NAMES, eventually, load, stream, until, world
+from tests.e2e.reading import inbox
+from tests.e2e.world import NAMES, eventually, load, until, world
 
 LEADERS = (
     NAMES.stream_in,
     NAMES.stream_out,
     NAMES.stream_event,
-    f"KV_{NAMES.checkpoints}",
+    f"KV_{NAMES.persons}",
     f"KV_{NAMES.readers}",
-    f"KV_{NAMES.conversations}",
+    f"KV_{NAMES.polls}",
     f"KV_{NAMES.members}",
     f"KV_{NAMES.claims}",
     f"KV_{NAMES.bindings}",
@@ -105,4 +106,4 @@ async def test_a_server_that_is_down_delays_no_bind(tmp_path: Path) -> None:
         assert (await made.control(nc, NAMES.unbind, b'{"sandbox":"s1","id":"u1"}')).ok
         assert (await made.bind(nc, "s2", made.sim.add_bot())).ok
         assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
-        assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []
+        assert await inbox(nc, "s1") == []

@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from adapter.contract.messages import FINAL_OUTCOMES
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import by_label, scrape
-from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
+from tests.e2e.world import NAMES, World, eventually, free_port, inbox, stream, until, world
 
 BOTS = 24
 OUTCOMES = {*FINAL_OUTCOMES}
@@ -72,7 +72,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
                 made.say(f"s{number}", "hello")
 
         async def all_stored() -> bool:
-            return len(await stream(nc, NAMES.stream_in, NAMES.inbox("*"))) == BOTS - 1
+            return len(await inbox(nc, "*")) == BOTS - 1
 
         await eventually(all_stored, "all have been heard")
         first = await every_outcome(made, nc, "first")

@@ -17,10 +17,11 @@ from tests.e2e.world import World, audit, world
 
 PUBLISH = (b"HPUB wechat.inbox.",)
 PUBLISHED = (b"MSG", b'{"stream":"WECHAT_IN"')
-CHECKPOINT = (b"HPUB $KV.wechat_checkpoints.",)
-CHECKPOINTED = (b"MSG", b'{"stream":"KV_wechat_checkpoints"')
-CONVERSATION = (b"HPUB $KV.wechat_conversations.",)
+RING = (b"HPUB wechat.in.",)
+POLL = (b"HPUB $KV.wechat_polls.",)
+RECORD = (b"HPUB $KV.wechat_persons.",)
 READ = (b"PUB $JS.API.DIRECT.GET.WECHAT_IN ",)
+READ_RECORDS = (b"PUB $JS.API.DIRECT.GET.KV_wechat_persons ",)
 FOUND = (b"HMSG", b"Nats-Subject: wechat.inbox.")
 MODES = ["cursor_replay", "ack_on_delivery"]
 FEWER = ["cursor_replay", pytest.param("ack_on_delivery", marks=pytest.mark.slow)]
@@ -40,26 +41,23 @@ class Point(NamedTuple):
 
 
 POINTS = {
-    "before-the-first-publish": Point(PUBLISH, 0, stored=0),
-    "after-the-first-publish": Point(PUBLISH, 1, stored=1),
-    "after-the-second-publish": Point(PUBLISH, 2, stored=2),
-    "before-the-first-ack": Point(PUBLISHED, 0),
-    "before-the-last-ack": Point(PUBLISHED, 2),
-    "after-the-acks": Point(CONVERSATION, 0),
-    "before-the-checkpoint": Point(CHECKPOINT, 1, said=40, stored=40),  # the first one takes the bot
-    "after-the-checkpoint": Point(CHECKPOINTED, 1, said=40, stored=40),
+    "before-the-entry": Point(PUBLISH, 0, stored=0),
+    "before-its-ack": Point(PUBLISHED, 0),
+    "before-the-first-ring": Point(RING, 0),
+    "before-the-last-ring": Point(RING, 2),
+    "between-two-entries": Point(PUBLISH, 1, said=140, stored=100),
+    "before-the-second-ack": Point(PUBLISHED, 1, said=140, stored=140),
 }
 
-FOLDS = {
-    "before-a-bot-is-taken": Point(CHECKPOINT, 0),
-    "after-one-bot-is-taken": Point(CHECKPOINT, 1),
-    "before-its-first-read": Point(READ, 0),
-    "between-its-reads": Point(READ, 1),
-    "within-what-it-reads": Point(FOUND, 4),
-    "before-a-conversation-has-it": Point(CONVERSATION, 0),
-    "after-one-conversation-has-it": Point(CONVERSATION, 1),
-    "before-its-checkpoint": Point(CHECKPOINT, 2),
-    "after-its-checkpoint": Point(CHECKPOINTED, 2),
+TAKES = {
+    "before-a-bot-is-taken": Point(POLL, 0),
+    "after-one-bot-is-taken": Point(POLL, 1),
+    "before-the-entries-are-read": Point(READ, 0),
+    "between-the-reads-of-entries": Point(READ, 1),
+    "within-what-is-read": Point(FOUND, 1),
+    "before-the-records-are-read": Point(READ_RECORDS, 0),
+    "before-a-record-is-written": Point(RECORD, 0),
+    "after-one-record-is-written": Point(RECORD, 1),
 }
 
 
@@ -132,11 +130,11 @@ async def test_a_crash_at_each_point_loses_and_doubles_nothing(tmp_path: Path, p
 
 
 @pytest.mark.parametrize("mode", FEWER)
-@pytest.mark.parametrize("point", FOLDS)
+@pytest.mark.parametrize("point", TAKES)
 async def test_a_crash_at_each_point_of_a_take_over_loses_and_doubles_nothing(
     tmp_path: Path, point: str, mode: str
 ) -> None:
-    """The inboxes have more than the checkpoints of the first adapter; the second one is killed as it reads them."""
+    """The second adapter is killed as it takes the persons of the first one, and as it sends for them."""
     async with world(tmp_path, cursor_mode=mode) as made, Lossy(made.url) as lossy:
         first = await made.add_adapter()
         nc = await made.nc()
@@ -149,10 +147,8 @@ async def test_a_crash_at_each_point_of_a_take_over_loses_and_doubles_nothing(
         await first.kill()
 
         for sandbox in ("s1", "s2"):
-            await made.command(
-                nc, sandbox, f"{sandbox}.c1"
-            )  # its conversation is opened before its user writes again
-        loss = lose(lossy, FOLDS[point])
+            await made.command(nc, sandbox, f"{sandbox}.c1")
+        loss = lose(lossy, TAKES[point])
         second = await made.add_adapter(NATS_URL=lossy.url)
         await until(lambda: loss.has_happened, "it is there")
         await second.kill()

@@ -15,7 +15,7 @@ from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 STREAMS = (
     *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
-    *(f"KV_{NAMES.checkpoints}", f"KV_{NAMES.conversations}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
+    *(f"KV_{NAMES.persons}", f"KV_{NAMES.polls}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
 )
 
 
@@ -75,7 +75,7 @@ async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> 
             assert await adapter.ended() == 0
         assert await naming(nc, *gone) == []
         for sandbox in ("s3", "s4", "s5"):
-            assert len(await naming(nc, f"of {sandbox}.")) >= 3
+            assert len(await naming(nc, f"of {sandbox}.")) >= 1
         await nc.close()
 
 
@@ -112,7 +112,7 @@ async def test_a_person_is_erased_while_everybody_writes(tmp_path: Path) -> None
 
 
 async def test_an_erasure_waits_for_a_send_under_way(tmp_path: Path) -> None:
-    """Its receipt and the conversation's record would come back with the person's id, token and text."""
+    """Its receipt and the person's record would come back with the person's id, token and text."""
     async with world(tmp_path, send_latency_ms=4000) as made:
         await made.add_adapter()
         nc, bot = await made.nc(), made.sim.add_bot()
@@ -148,7 +148,7 @@ async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_ne
         await made.adapters[0].start()
         await erased(made, nc, bots["s0"], "second")
         assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.", "answer a-s0") == []
-        assert len(await naming(nc, "of s1.")) >= 3
+        assert len(await naming(nc, "of s1.")) >= 1
         await nc.close()
 
 

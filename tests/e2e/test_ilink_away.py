@@ -22,7 +22,7 @@ from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, Receipt
 from adapter.simulator import FaultRule
 from adapter.simulator.records import SendRecord
 from tests.e2e.gate import Gate
-from tests.e2e.world import NAMES, World, audit, eventually, stream, until, world
+from tests.e2e.world import NAMES, World, audit, eventually, inbox, stream, until, world
 
 REPEAT_MS = 3_000
 """When a send without an answer is repeated, after its first try, at the earliest."""
@@ -46,7 +46,7 @@ class Scene(NamedTuple):
 
     async def bind(self, sandboxes: Iterable[str], **fields: Any) -> None:
         """Binds a bot to each sandbox, whose user says hello; the windows are open."""
-        before = len(await stream(self.nc, NAMES.stream_in, NAMES.inbox("*")))
+        before = len(await inbox(self.nc, "*"))
         wanted = list(sandboxes)
         for start in range(0, len(wanted), 20):
             bots = {sandbox: self.made.sim.add_bot() for sandbox in wanted[start : start + 20]}
@@ -55,7 +55,7 @@ class Scene(NamedTuple):
             self.made.say(sandbox, "hello")
 
         async def are_stored() -> bool:
-            return len(await stream(self.nc, NAMES.stream_in, NAMES.inbox("*"))) == before + len(wanted)
+            return len(await inbox(self.nc, "*")) == before + len(wanted)
 
         await eventually(are_stored, "everybody's hello is on the bus")
 

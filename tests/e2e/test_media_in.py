@@ -11,9 +11,9 @@ import pysilk
 import pytest
 from nats.aio.client import Client
 
+from adapter.bridge.media import WHY
 from adapter.contract.messages import Inbound, InboundItem, Media, TextItem, VoiceItem
 from adapter.contract.names import H_DURATION_MS, H_MIME, H_NAME
-from adapter.inbound.media import WHY
 from adapter.simulator import FaultRule, samples
 from tests.e2e.reading import arrived, inbox
 from tests.e2e.world import NAMES, World, eventually, free_port, read_media, stream, until, world

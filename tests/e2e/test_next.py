@@ -14,6 +14,7 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract.messages import NextQuery
+from adapter.contract.names import H_POSITION, position, read_position
 from tests.e2e.asker import Asker, AskRefused
 from tests.e2e.busy import faultless, running
 from tests.e2e.world import NAMES, World, eventually, load, until, world
@@ -94,7 +95,7 @@ async def test_a_ring_is_answered_by_its_message(tmp_path: Path) -> None:
             rung = await bell.next_msg(timeout=60)
             found = await asker.take_patiently()
             assert [message.text for message in found] == [str(number)]
-            assert asker.handled == int((rung.headers or {})["Nats-Sequence"])
+            assert asker.handled == (rung.headers or {})[H_POSITION]
 
 
 @pytest.mark.slow
@@ -139,7 +140,7 @@ async def test_a_position_above_all_that_is_stored_is_refused(tmp_path: Path) ->
         await asker.take()
         assert asker.handled is not None
         for query in (
-            NextQuery(reader=asker.reader, after=asker.handled + 1),
+            NextQuery(reader=asker.reader, after=position(read_position(asker.handled)[0] + 1, 0)),
             NextQuery(after=asker.handled),
         ):
             with pytest.raises(AskRefused) as caught:

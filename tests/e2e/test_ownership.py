@@ -82,9 +82,9 @@ async def newest(nc: Client, name: str, subjects: str) -> dict[str, tuple[int, b
     return found
 
 
-async def checkpoint_owners(nc: Client) -> dict[str, tuple[int, str]]:
-    """Revision and owner of each bot's checkpoint."""
-    found = await records(nc, NAMES.checkpoints)
+async def poll_owners(nc: Client) -> dict[str, tuple[int, str]]:
+    """Revision and owner of each bot's poll key."""
+    found = await records(nc, NAMES.polls)
     return {bot: (seq, msgspec.json.decode(value).get("owner", "")) for bot, (seq, value) in found.items()}
 
 
@@ -133,20 +133,20 @@ async def freeze_and_look(made: World, *, mode: str) -> None:
 
     await until(taken_over, "the other replica polls all of them")
     await made.settle(nc, lossy=mode == "ack_on_delivery")
-    checkpoints = await checkpoint_owners(nc)
-    assert len({owner for _, owner in checkpoints.values()}) == 1, "the other replica owns every bot"
+    polls = await poll_owners(nc)
+    assert len({owner for _, owner in polls.values()}) == 1, "the other replica owns every bot"
 
     thawed_ms = made.sim.now_ms
     claimed = len(times(two.first, "shards.claimed"))
     two.first.signal(signal.SIGCONT)
     looks = 0
     while True:
-        found = await checkpoint_owners(nc)
+        found = await poll_owners(nc)
         if len(times(two.first, "shards.claimed")) > claimed:
             break  # what it does from here on, it does as a new owner
         looks += 1
         for bot, (seq, owner) in found.items():
-            before_seq, before = checkpoints[bot]
+            before_seq, before = polls[bot]
             # its owner may be giving it back already, to the one that was stopped and has joined anew
             unchanged = seq == before_seq or owner in ("", before)
             assert unchanged, "the one that was stopped took a bot"

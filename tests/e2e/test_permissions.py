@@ -24,7 +24,7 @@ from adapter.agent import Sandbox as Agent
 from adapter.cli.bus import connected_bus
 from adapter.cli.permission_checks import Finding, check_acknowledged
 from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_SHA256, H_UPLOAD
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_POSITION, H_SHA256, H_UPLOAD
 from adapter.environment import read_settings
 from adapter.security.permissions import streams
 from adapter.simulator import Simulator, samples
@@ -32,6 +32,9 @@ from tests import canary
 from tests.bus.guarded import NAMES, NEW_ACKS, TEMPLATES, UNTRUSTED, WITNESS, Guarded, Player, guarded
 from tests.e2e.asker import Asker
 from tests.e2e.world import AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
+
+OURS = {H_MSG_ID, H_POSITION}
+"""On what the adapter writes for a sandbox: an event, a live message."""
 
 
 class Sandbox:
@@ -50,9 +53,9 @@ class Sandbox:
         self.got.append(msg)
 
     def genuine(self) -> list[Msg]:
-        """As `schemas/README.md` tells authors to read: by subject and Nats-Msg-Id."""
+        """As `schemas/README.md` tells authors to read: by subject, and the header of what the adapter writes."""
         mine = NAMES.live(self.name), NAMES.event(self.name, "")
-        return [m for m in self.got if _is_of(m, *mine) and H_MSG_ID in (m.headers or {})]
+        return [m for m in self.got if _is_of(m, *mine) and OURS & set(m.headers or {})]
 
     def received(self) -> list[str]:
         """The texts of its users."""
@@ -134,7 +137,7 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     await talk(scene)
     # a sandbox: its next messages, replay, window, commands with receipts, media both ways
     assert [message.text for message in await Asker(s1.nc).take()] == ["hello s1"]
-    page = msgspec.json.decode((await s1.ask("replay", b'{"after":0}')).data, type=ReplayPage)
+    page = msgspec.json.decode((await s1.ask("replay", b"{}")).data, type=ReplayPage)
     assert [msgspec.json.decode(r.message, type=Inbound).text for r in page.messages] == ["hello s1"]
 
     async def is_open() -> bool:  # it is stored behind the message
@@ -144,8 +147,8 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     world.sim.say_media(world.bots["s1"].bot, "image", samples.png())
     await until(lambda: len(s1.received()) == 2, "the picture comes")
     live = [m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1]
-    image, sequence = json.loads(live.data)["items"][0]["media"], int((live.headers or {})["Nats-Sequence"])
-    query = {"object": image["object"], "sequence": sequence, "wait_s": 8}
+    image, position = json.loads(live.data)["items"][0]["media"], (live.headers or {})[H_POSITION]
+    query = {"object": image["object"], "position": position, "wait_s": 8}
     piece = await s1.ask("media.get", json.dumps(query).encode())
     assert hashlib.sha256(piece.data).hexdigest() == (piece.headers or {})[H_SHA256]
     media = await s1.bring("report", b"r" * 100_000)
@@ -264,7 +267,7 @@ REPLIES = [
     *(
         "wechat.ctl.bind",
         "wechat.ctl.unbind",
-        "wechat.kv.bot_released",
+        "wechat.adapter.polled",
         "wechat.kv.replica_status",
         "wechat.raw.7.x",
         "wechat.dead.WECHAT_OUT",
@@ -306,7 +309,7 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     assert await _state(scene.witness.nc) == before
     assert world.phone_texts("s2") == []
     foreign = s2.got[received:]
-    assert [msg for msg in foreign if scene.server.each or H_MSG_ID in (msg.headers or {})] == []
+    assert [msg for msg in foreign if scene.server.each or OURS & set(msg.headers or {})] == []
     assert [msg.subject for msg in foreign if msg in s2.genuine()] == []
     assert s2.received() == ["hello s2"]
     assert {text for text in s1.refusals if "publish with reply of" not in text} == set()
@@ -316,7 +319,7 @@ async def _state(nc: Client) -> dict[str, Any]:
     """What no sandbox may change: all but its own commands, and what the adapter notes of them and of itself."""
     found: dict[str, Any] = {}
     own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in}
-    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.conversations, NAMES.readers, NAMES.claims)}
+    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.persons, NAMES.readers, NAMES.claims)}
     names = json.loads((await nc.request("$JS.API.STREAM.NAMES", timeout=10)).data)["streams"]
     assert set(names) == set(streams(NAMES))
     for name in names:

@@ -81,7 +81,7 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         assert await replayed(nc) == []
         assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
         assert await handed(agent) == []
-        assert [await replayed(nc), await replayed(nc, after=1), await replayed(nc, since_ms=1)] == [[], [], []]
+        assert [await replayed(nc), await replayed(nc, after="1.0"), await replayed(nc, since_ms=1)] == [[], [], []]
         assert await inbox(nc, "s1") == []
         second = await says(made, nc, "of the second one")
         assert await handed(agent) == ["of the second one"]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,22 +46,25 @@ class Town:
         self, serves: str = "--all", *options: str, name: str = "agent", takes: Sequence[str] = ()
     ) -> Agent:
         """`takes`: sandboxes that another agent has answered in, and that this one has opened on return."""
-        for sandbox in takes:
-            await self.reader_of(sandbox, lambda number: number != 0)
+        before = {sandbox: await self.reader_of(sandbox, 0) for sandbox in takes}
         self.agents.append(Agent(self.made, *options, name=name, serves=serves, **self.environ))
         await self.agents[-1].start()
-        for sandbox in takes:
-            await self.reader_of(sandbox, lambda number: number == 0)
+        for sandbox, number in before.items():
+            await self.reader_of(sandbox, number)
         return self.agents[-1]
 
-    async def reader_of(self, sandbox: str, holds: Callable[[int], bool]) -> None:
-        """Waits for what the bucket says of the reader: 0 from its opening to its first confirmation."""
+    async def reader_of(self, sandbox: str, before: int) -> int:
+        """What the bucket says of the reader once it is another than before; 0: right after its opening."""
         readers = await self.platform.jetstream().key_value(NAMES.readers)
+        found = before
 
-        async def is_so() -> bool:
-            return holds(json.loads((await readers.get(sandbox)).value or b"{}").get("reader", 0))
+        async def is_another() -> bool:
+            nonlocal found
+            found = json.loads((await readers.get(sandbox)).value or b"{}").get("reader", 0)
+            return found != before
 
-        await eventually(is_so, f"the reader of {sandbox} changes")
+        await eventually(is_another, f"the reader of {sandbox} changes")
+        return found
 
     def shows(self, person: BotRecord, *texts: str) -> bool:
         return [shown.text for shown in self.made.sim.phone(person.user)] == list(texts)

@@ -15,13 +15,13 @@ import pytest
 from nats.aio.client import Client
 from nats.js.errors import KeyNotFoundError
 
-from adapter.contract.names import conversation_key
+from adapter.bridge.persons import open_state
+from adapter.contract.names import person_token
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.outbound.store import open_record
 from adapter.ports import Pieces
 from adapter.security.seal import Sealer
 from adapter.settings import Settings
@@ -182,15 +182,15 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
         nc, bot = await started(made, WECHAT_NATS_SEND_GAP_MS="2000")
         await send(made, nc, "c", *({"kind": "text", "text": text} for text in ("one", "two", "three")))
 
-        key = conversation_key("s1", bot.user)
+        key = f"s1.{person_token('s1', bot.user)}"
 
         async def one_is_noted() -> bool:
-            records = await nc.jetstream().key_value(NAMES.conversations)
+            records = await nc.jetstream().key_value(NAMES.persons)
             try:
                 record = await records.get(key)
             except KeyNotFoundError:  # nothing is stored of the user yet
                 return False
-            head = open_record(key, record.value or b"", Sealer((base64.b64decode(TOKEN_KEY),))).head
+            head = open_state(key, record.value or b"", Sealer((base64.b64decode(TOKEN_KEY),)))[1].head
             return head is not None and (head.part, head.unanswered_attempts) == (1, 0)
 
         await eventually(one_is_noted, "the first part is noted as sent")

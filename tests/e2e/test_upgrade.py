@@ -12,13 +12,14 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.names import conversation_key, to_subject_token
+from adapter.contract.names import person_token, to_subject_token
+from tests.e2e.reading import inbox
 from tests.e2e.test_nats_failures import operator
 from tests.e2e.world import NAMES, AdapterProcess, World, audit, load, stream, until, world
 
 OLD, NEW = "adapter", "tests.e2e.newer_version"
 BOTS = 6
-BUCKETS = (NAMES.bindings, NAMES.checkpoints, NAMES.conversations)
+BUCKETS = (NAMES.bindings, NAMES.persons, NAMES.polls)
 
 
 async def newer_records(nc: Client) -> dict[str, bytes]:
@@ -66,7 +67,7 @@ async def test_an_upgrade_and_its_way_back_lose_nothing_and_repeat_nothing(tmp_p
         await made.bind(nc, "fresh", made.sim.add_bot())
         newer = await newer_records(nc)
         bots = [to_subject_token(bot.bot) for bot in made.bots.values()]
-        assert {f"$KV.{NAMES.checkpoints}.{bot}" for bot in bots[:BOTS]} <= newer.keys()
+        assert {f"$KV.{NAMES.polls}.{bot}" for bot in bots[:BOTS]} <= newer.keys()
         assert f"$KV.{NAMES.bindings}.{bots[BOTS]}" in newer
 
         # back: who has such records is left alone, and named; who has none is served
@@ -86,11 +87,15 @@ async def test_an_upgrade_and_its_way_back_lose_nothing_and_repeat_nothing(tmp_p
         assert told == {bot.bot for sandbox, bot in made.bots.items() if sandbox != "late"}
         assert await newer_records(nc) == newer
 
-        # back for good, for one person: without those two records the older version begins anew, behind the inbox
+        # back for good, for one person: without what is newer of theirs the older version begins anew
         bot = made.bots["s0"]
         js = nc.jetstream()
-        await (await js.key_value(NAMES.checkpoints)).delete(to_subject_token(bot.bot))
-        await (await js.key_value(NAMES.conversations)).delete(conversation_key("s0", bot.user))
+        person = person_token("s0", bot.user)
+        purged = {message.text for message in await inbox(nc, "s0")}
+        made.said["s0"] = [text for text in made.said["s0"] if text not in purged]
+        await js.purge_stream(NAMES.stream_in, subject=NAMES.inbox("s0", person))
+        await (await js.key_value(NAMES.polls)).delete(to_subject_token(bot.bot))
+        await (await js.key_value(NAMES.persons)).delete(f"s0.{person}")
         await is_served(made, "s0", made.sent["s0"][-1])
 
         # forward again: all that waited comes, in order, once

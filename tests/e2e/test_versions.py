@@ -11,7 +11,7 @@ from nats.aio.client import Client
 from nats.errors import NoRespondersError
 
 from adapter.contract.messages import BindingsPage, BindingsQuery
-from adapter.contract.names import conversation_key, to_subject_token
+from adapter.contract.names import person_token, to_subject_token
 from tests.e2e.test_bindings import ask
 from tests.e2e.test_nats_failures import operator
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
@@ -77,7 +77,7 @@ async def test_a_bot_whose_binding_is_newer_is_not_polled_and_all_others_are(tmp
 
 
 @pytest.mark.slow
-async def test_a_conversation_whose_record_is_newer_holds_its_own_user_only(tmp_path: Path) -> None:
+async def test_a_person_whose_record_is_newer_holds_nobody_else(tmp_path: Path) -> None:
     """Another user of the same sandbox does not wait, and the user's commands go out once the record can be read."""
     async with world(tmp_path) as made:
         adapter = await made.add_adapter()
@@ -87,23 +87,27 @@ async def test_a_conversation_whose_record_is_newer_holds_its_own_user_only(tmp_
             await made.bind(nc, "s1", bot)
             made.say("s1", f"hello to {bot.bot}")
         await made.settle(nc)
-        key = conversation_key("s1", one.user)
-        kv = await nc.jetstream().key_value(NAMES.conversations)
+        for number, bot in enumerate((one, two)):
+            body = {"id": f"first{number}", "user": bot.user, "text": "first"}
+            await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode(body))
+        key = f"s1.{person_token('s1', one.user)}"
+        kv = await nc.jetstream().key_value(NAMES.persons)
 
         async def is_stored() -> bool:
-            return len(await stream(nc, f"KV_{NAMES.conversations}", ">")) == 2
+            return len(await stream(nc, f"KV_{NAMES.persons}", ">")) == 2
 
-        await eventually(is_stored, "the windows are stored")
+        await eventually(is_stored, "both have a record")
+        await made.settle(nc)
         known = (await kv.get(key)).value
         await adapter.kill()
-        value = await write_newer(nc, NAMES.conversations, key, window="of another form")
+        value = await write_newer(nc, NAMES.persons, key, sealed=3)
         for number, bot in enumerate((one, two, one, two)):
             body = {"id": f"c{number}", "user": bot.user, "text": f"answer c{number}"}
             await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode(body))
         await adapter.start()
 
         def texts(user: str) -> list[str]:
-            return [message.text for message in made.sim.phone(user)]
+            return [message.text for message in made.sim.phone(user) if message.text != "first"]
 
         await until(lambda: texts(two.user) == ["answer c1", "answer c3"], "the other user is served")
         entry = await kv.get(key)

@@ -22,7 +22,7 @@ from adapter.contract.messages import FINAL_OUTCOMES, Bind, BindingEvent, Receip
 from adapter.contract.names import shard_of
 from adapter.jetstream.topology import out_consumer
 from adapter.simulator import BotRecord
-from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, World, eventually, inbox, stream, until, world
 
 FEW_S = 3.0
 """How long what waits for nobody may take on a machine that does other things, too."""
@@ -138,7 +138,7 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
         made.sim.say(bot.bot, "hello")
 
         async def is_stored() -> bool:
-            return len(await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))) == 1
+            return len(await inbox(nc, "s1")) == 1
 
         await eventually(is_stored, "it is heard")
     if why != "its token is sealed":

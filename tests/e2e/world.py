@@ -36,6 +36,7 @@ from tests.e2e.audit import Audit
 from tests.e2e.audit import audit as audit  # noqa: PLC0414
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.memory import SMALL, in_memory
+from tests.e2e.reading import inbox as inbox  # noqa: PLC0414
 from tests.e2e.reading import read_media as read_media  # noqa: PLC0414
 from tests.e2e.reading import stream as stream  # noqa: PLC0414
 from tests.e2e.waiting import eventually as eventually  # noqa: PLC0414
@@ -264,13 +265,13 @@ class World:
         while asyncio.get_running_loop().time() < end:
             receipts = await self.receipts(nc)
             final = {receipt.command for receipt in receipts if receipt.outcome in FINAL_OUTCOMES}
-            stored = await stream(nc, NAMES.stream_in, NAMES.inbox("*"))
+            stored = await inbox(nc, "*")
             said = sum(len(texts) for texts in self.said.values())
             quiet = quiet + 1 if len(stored) == before and not self.sim.stats().pending else 0
             before = len(stored)
             if wanted <= final and (len(stored) >= said or (lossy and quiet >= 10)):
                 return
-            waiting = {r.sandbox for r in receipts if r.outcome == "parked" and r.command not in final}
+            waiting = {r.sandbox for r in receipts if r.outcome == "parked" and r.command in wanted - final}
             for sandbox in sorted(waiting):
                 self.say(sandbox, f"go on {len(self.said[sandbox])}")
             await asyncio.sleep(0.5)

@@ -7,25 +7,27 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from adapter.contract.names import Names, conversation_key, shard_of
-from adapter.contract.records import Binding
-from adapter.inbound.checkpoint import StoredCheckpoint
-from adapter.inbound.poller import BotPoller
-from adapter.inbound.receive import InboundDeps
+from adapter.bindings.binder import Binder
+from adapter.bridge.commands import Limits
+from adapter.bridge.partition import Partition
+from adapter.bridge.parts import Parts
+from adapter.bridge.person import AnswerState, Person
+from adapter.bridge.persons import open_state, seal_state
+from adapter.bridge.poller import BotPoller
+from adapter.bridge.receive import ANYBODY
+from adapter.bridge.record import PersonState, SendWindow
+from adapter.bridge.sending import SendPolicy
+from adapter.bridge.sessions import BotSession, Successes
+from adapter.bridge.window import InboundReceived, WindowPolicy
+from adapter.contract.names import Names, person_token, shard_of
+from adapter.contract.records import Binding, PersonKey
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
-from adapter.outbound.commands import Limits
-from adapter.outbound.record import ConversationRecord, SendWindow
-from adapter.outbound.sending import SendPolicy
-from adapter.outbound.sessions import BotSession, Successes
-from adapter.outbound.shard import OutboundDeps, Shard
-from adapter.outbound.store import open_record, seal_record
-from adapter.outbound.window import InboundReceived, WindowPolicy
 from adapter.ports import StoredMessage
 from adapter.replica.edges import Edges
 from adapter.replica.supervisor import Supervisor
@@ -44,6 +46,9 @@ WINDOW = WindowPolicy(sends=10, hours=23.0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0, merge_bytes=16_384)
 MEDIA_BYTES = 100_000
+
+
+P = TypeVar("P", bound=BotPoller)
 
 
 class FakeConnection:
@@ -72,8 +77,8 @@ class FakeEdges(Edges):
         self.readers: Any = bench.readers_bucket
         self._buckets: dict[str, Any] = {
             names.bindings: bench.bindings_bucket,
-            names.checkpoints: bench.checkpoint_bucket,
-            names.conversations: bench.conversation_bucket,
+            names.persons: bench.person_bucket,
+            names.polls: bench.poll_bucket,
             names.claims: bench.claims_bucket,
             names.logins: bench.logins_bucket,
         }
@@ -92,7 +97,7 @@ class FakeSupervisor(Supervisor):
         super().__init__(*parts, **options)
         self._bench = bench
 
-    async def open_shard(self, sandbox: str) -> Shard | None:
+    async def open_shard(self, sandbox: str) -> Partition | None:
         return await self._bench.open_shard(sandbox)
 
 
@@ -129,12 +134,8 @@ class Bench:
         self.names = Names()
         self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
         self.chat: FakeChat = world.chat if world else FakeChat(self.clock)
-        self.conversation_bucket: FakeBucket = (
-            world.conversation_bucket if world else FakeBucket("conversation", self.bus.writes)
-        )
-        self.checkpoint_bucket: FakeBucket = (
-            world.checkpoint_bucket if world else FakeBucket("checkpoint", self.bus.writes)
-        )
+        self.person_bucket: FakeBucket = world.person_bucket if world else FakeBucket("person", self.bus.writes)
+        self.poll_bucket: FakeBucket = world.poll_bucket if world else FakeBucket("poll", self.bus.writes)
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
@@ -146,21 +147,21 @@ class Bench:
         self.metrics = metrics or Metrics()
         settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
         self.replica = Replica(settings, edges=FakeEdges(self), new_supervisor=partial(FakeSupervisor, self))
-        self.replica.sessions.polled = FakeSessions(self)
+        self.replica.parts.sessions.polled = FakeSessions(self)
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
         self.bindings_bucket.followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
-        self.shards: dict[int, Shard] = {}
+        self.shards: dict[int, Partition] = {}
         """By shard: those that work here."""
         self.limits = limits
         self.slots = FairSlots(8, share=8)
         """For requests."""
         self.receipts = self.replica.receipts
         self.events, self.sealer = self.replica.events, self.replica.sealer
-        self.store, self.checkpoints = self.replica.conversation_store, self.replica.checkpoints
-        self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.uploads
+        self.persons, self.polls = self.replica.persons, self.replica.polls
+        self.uploads = self.replica.parts.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()
         self.changed_sessions: list[str] = []
@@ -177,6 +178,7 @@ class Bench:
         """Bots whose tokens are being tried again."""
         self.polled_at: dict[str, float] = {}
         """When a poll of a bot was last answered."""
+        self.binds: Iterator[int] = world.binds if world else itertools.count(1)
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
         self.deliveries: list[FakeDelivery] = world.deliveries if world else []
 
@@ -189,7 +191,15 @@ class Bench:
             token = self.sealer.seal(bot, token)
         if cursor and not cursor.startswith(MARK):
             cursor = self.sealer.seal(cursor_context(bot), cursor)
-        given = {"token": token, "start_cursor": cursor, "since_ms": self.clock.now_ms(), **fields}
+        person = person_token(sandbox, user or bot)
+        given = {
+            "token": token,
+            "person": person,
+            "bound": next(self.binds),
+            "start_cursor": cursor,
+            "since_ms": self.clock.now_ms(),
+            **fields,
+        }
         binding = Binding(sandbox=sandbox, bot=bot, user=user, **given)
         self.stale.discard(bot)
         await self.bindings.put(binding)
@@ -201,44 +211,64 @@ class Bench:
         self.replica.supervisor.close(bot)
         await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
 
+    def binder(self) -> Binder:
+        """Applies control commands, as the replica that has the right to."""
+        return Binder(
+            bindings=self.bindings,
+            events=self.events,
+            history=self.replica.edges.history,
+            names=self.names,
+            chat=self.replica.edges.chat,
+            sealer=self.sealer,
+            persons=self.persons,
+            erase=self.replica.erasure.run,
+            owner=ANYBODY,
+            clock=self.clock,
+        )
+
     def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
         """The user has just written: their window is open. `fields`: of the window, or of the record. `newer`: a
         newer version has written the record."""
         opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}
         opened |= {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
-        bot = fields.setdefault("bot", "b1@im.bot")
-        record = ConversationRecord(**{"token": "AARz", "bots": [bot], "window": SendWindow(**opened), **fields})
-        key = conversation_key(sandbox, user)
-        value = seal_record(key, record, self.sealer)
-        self.conversation_bucket.put(key, made_newer(value) if newer else value)
+        fields.setdefault("bot", "b1@im.bot")
+        state = PersonState(**{"token": "AARz", "window": SendWindow(**opened), **fields})
+        key = PersonKey(sandbox, person_token(sandbox, user), 0)
+        value = seal_state(key, user, state, self.sealer)
+        self.person_bucket.put(key.key, made_newer(value) if newer else value)
 
-    def record(self, sandbox: str = "s1", user: str = "u1@im.wechat") -> ConversationRecord:
+    def record(self, sandbox: str = "s1", user: str = "u1@im.wechat") -> PersonState:
         """The record as the bucket has it."""
-        return self.records()[conversation_key(sandbox, user)]
+        return self.records()[f"{sandbox}.{person_token(sandbox, user)}"]
 
-    def records(self) -> dict[str, ConversationRecord]:
+    def records(self) -> dict[str, PersonState]:
         """The records that the bucket has, by key."""
-        entries = self.conversation_bucket.entries.items()
-        return {key: open_record(key, entry.value, self.sealer) for key, entry in entries if entry.value}
+        entries = self.person_bucket.entries.items()
+        return {key: open_state(key, entry.value, self.sealer)[1] for key, entry in entries if entry.value}
 
-    async def wrote(
-        self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat", sequence: int | None = None
-    ) -> None:
-        """What a poller tells the conversation of a user's message that is in the inbox: another window. `sequence`:
-        of the message, if the inbox has it."""
+    async def person(self, bot: str = "b1@im.bot") -> Person:
+        """The person of a bot, as this replica has them in memory."""
         binding = self.bindings.get(bot)
         assert binding is not None
         shard = await self.open_shard(binding.sandbox)
         assert shard is not None
-        conversation = await shard.conversation(binding.sandbox, user)
-        sequence = self.bus.next_sequence("IN") if sequence is None else sequence
-        conversation.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
-        if binding.options.auto_typing:
-            shard.show_typing(conversation)
+        person = shard.person(binding)
+        await person.open()
+        return person
 
-    async def checkpoint(self, bot: str = "b1@im.bot") -> StoredCheckpoint:
-        """The checkpoint of a bot as the bucket has it."""
-        return await self.checkpoints.read(bot)
+    async def wrote(self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> None:
+        """What a poller tells the person of their message that is in the inbox: another window."""
+        binding, person = self.bindings.get(bot), await self.person(bot)
+        assert binding is not None
+        person.learn(user)
+        opened = InboundReceived(ident, "AARz", written_ms=0)
+        person.on_stored(person.position, AnswerState((), 1, person.state.cursor, "AARz", opened))
+        if binding.options.auto_typing:
+            person.sender.show_typing()
+
+    async def owner(self, bot: str = "b1@im.bot") -> str:
+        """The replica that polls a bot."""
+        return await self.polls.owner(bot)
 
     def command(
         self,
@@ -266,7 +296,7 @@ class Bench:
         """What the consumer of one of this replica's shards does with a command."""
         self.shards[int(delivery.subject.split(".")[2])].on_delivery(delivery)
 
-    def redeliver(self, shard: Shard) -> None:
+    def redeliver(self, shard: Partition) -> None:
         """What was not acknowledged comes again, to the next owner, as the bus has it."""
         for delivery in [one for one in self.deliveries if not one.acks]:
             stored = next(one for one in self.bus.found("OUT") if one.seq == delivery.seq)
@@ -282,32 +312,39 @@ class Bench:
             self.deliveries.remove(delivery)
             shard.on_delivery(again)
 
-    def outbound(self, **changes: Any) -> OutboundDeps:
-        """`changes`: of the dependencies, of the send policy, or of the window's."""
+    def parts(self, **changes: Any) -> Parts:
+        """`changes`: of the parts, of the send policy, or of the window's."""
         of_window, of_policy = WindowPolicy.__struct_fields__, SendPolicy.__struct_fields__
         window = replace(WINDOW, **{k: changes.pop(k) for k in list(changes) if k in of_window})
         policy = replace(POLICY, window=window)
         policy = replace(policy, **{k: changes.pop(k) for k in list(changes) if k in of_policy})
-        return replace(
-            self.replica.outbound,
-            **{"policy": policy, "slots": defaultdict(lambda: self.slots), "limits": self.limits} | changes,
-        )
+        usual: dict[str, Any] = {
+            "policy": policy,
+            "slots": defaultdict(lambda: self.slots),
+            "limits": self.limits,
+            "keep_s": 3600,
+            "is_writable": self.bus_up.is_set,
+            "wait_writable": self.bus_up.wait,
+            "others": self,
+        }
+        return replace(self.replica.parts, **usual | changes)
 
-    def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
-        """The shard of a sandbox's shard, told of changed bindings as the supervisor tells it."""
+    def shard(self, sandbox: str = "s1", **changes: Any) -> Partition:
+        """The partition of a sandbox, told of changed bindings as the supervisor tells it."""
         number = shard_of(sandbox)
-        shard = self.shards[number] = Shard(number, self.outbound(**changes))
+        shard = self.shards[number] = Partition(number, self.parts(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
-            sides = [binding for binding in (before, after) if binding is not None]
-            for name in {binding.sandbox for binding in sides}:
-                if shard_of(name) == number:
-                    shard.on_binding(name, bot, {binding.user for binding in sides})
+            here = [
+                each if each is not None and shard_of(each.sandbox) == number else None for each in (before, after)
+            ]
+            if any(here):
+                shard.on_binding(*here)
 
         self.bindings.add_listener(on_change)
         return shard
 
-    async def open_shard(self, sandbox: str) -> Shard | None:
+    async def open_shard(self, sandbox: str) -> Partition | None:
         number = shard_of(sandbox)
         if number not in self.shards and self.leases.is_valid and number in self.leases.owned:
             self.shard(sandbox)
@@ -320,25 +357,28 @@ class Bench:
 
     # replica_status.OtherReplicas, as the poller meets them ------------------------------------------
 
-    async def publish_released(self, bot: str = "") -> None:
+    async def publish_polled(self, bot: str = "") -> None:
         self.freed.append(bot)
 
     async def is_idle(self, incarnation: str, bot: str) -> bool:
         return (incarnation, bot) in self.idle
 
     def new_poller(self, bot: str = "b1@im.bot", **changes: Any) -> BotPoller:
-        """`changes`: of the dependencies."""
-        return BotPoller(bot, self.poll_deps(**changes))
+        """`changes`: of the parts."""
+        return self.poller_of(BotPoller, bot, **changes)
 
-    def poll_deps(self, **changes: Any) -> InboundDeps:
-        usual: dict[str, Any] = {
-            "keep_s": 3600,
-            "is_writable": self.bus_up.is_set,
-            "wait_writable": self.bus_up.wait,
-            "others": self,
-            "on_session_changed": lambda binding: self.changed_sessions.append(binding.sandbox),
-        }
-        return replace(self.replica.inbound, **usual | changes)
+    def poller_of(self, kind: type[P], bot: str, **changes: Any) -> P:
+        """As `new_poller`, of a kind of its own."""
+
+        async def open_person(binding: Binding) -> Person | None:
+            shard = await self.open_shard(binding.sandbox)
+            return None if shard is None else shard.person(binding)
+
+        def on_session_changed(binding: Binding) -> None:
+            self.changed_sessions.append(binding.sandbox)
+
+        told = changes.pop("on_session_changed", on_session_changed)
+        return kind(bot, self.parts(**changes), open_person, told)
 
 
 async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:

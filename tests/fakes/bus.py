@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from adapter.bridge.entries import messages_of
 from adapter.contract.messages import BindingEvent, Inbound, Receipt
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
-from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
+from adapter.ports import BusMessage, Entry, Heads, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
 
 MAX_PAYLOAD, HEADER_BYTES = 1024 * 1024, 64 * 1024
@@ -131,7 +132,14 @@ class FakeBus:
     # History
 
     async def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
+        self,
+        stream: str,
+        subject: str,
+        *,
+        after: int = 0,
+        since_ms: int | None = None,
+        limit: int | None = None,
+        page: int = 200,
     ) -> AsyncIterator[StoredMessage]:
         await asyncio.sleep(0)
         left = len(self.kept) if limit is None else limit
@@ -155,6 +163,11 @@ class FakeBus:
         found = [await self.read_last(stream, subject) for subject in subjects]
         return [stored for stored in found if stored is not None]
 
+    async def read_heads(self, stream: str, subject: str, *, start: int) -> Heads | None:
+        newest = {stored.subject: stored async for stored in self.read(stream, subject)}
+        found = sorted((each for each in newest.values() if each.seq >= start), key=lambda each: each.seq)
+        return Heads(found, await self.last_sequence(stream) if newest else 0, is_cut=False)
+
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
     ) -> list[StoredMessage]:
@@ -171,6 +184,10 @@ class FakeBus:
     async def last_sequence(self, stream: str) -> int:
         await asyncio.sleep(0)
         return max([kept.stored.seq for kept in self.kept if kept.stream == stream] + [self._seqs.get(stream, 0)])
+
+    async def first_and_last(self, stream: str) -> tuple[int, int]:
+        last = await self.last_sequence(stream)
+        return min([kept.stored.seq for kept in self.kept if kept.stream == stream], default=last + 1), last
 
     async def count(self, stream: str) -> int:
         return sum(kept.stream == stream for kept in self.kept)
@@ -209,7 +226,9 @@ class FakeBus:
         return [kept.stored for kept in self.kept if kept.stream == stream]
 
     def inbound(self) -> list[Inbound]:
-        return [msgspec.json.decode(stored.data, type=Inbound) for stored in self.found("IN")]
+        """The messages of all entries."""
+        raws = [raw for stored in self.found("IN") for raw in messages_of(stored.data)]
+        return [msgspec.json.decode(raw, type=Inbound) for raw in raws]
 
     def receipts(self) -> list[Receipt]:
         return [

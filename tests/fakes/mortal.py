@@ -13,7 +13,7 @@ from adapter.errors import BusRefused, Temporary
 from adapter.ports import BusMessage, PubAck
 from tests.fakes import Bench, FakeBus, FakeDelivery, Life
 
-BUCKETS = ("conversation", "checkpoint", "bindings", "claims", "readers", "logins")
+BUCKETS = ("person", "poll", "bindings", "claims", "readers", "logins")
 REACHED = ["bus", "chat", "cdn", "objects", *(f"{name}_bucket" for name in BUCKETS)]
 """The parts of a bench that a replica reaches."""
 
@@ -73,6 +73,6 @@ class Command(FakeDelivery):
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
     """One of several replicas of a world, which reaches it as long as it lives."""
-    own = {name: getattr(world, name) for name in ("clock", "numbers", "deliveries")}
+    own = {name: getattr(world, name) for name in ("clock", "numbers", "binds", "deliveries")}
     reached: Any = SimpleNamespace(**own, **{name: Reached(getattr(world, name), life) for name in REACHED})
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)

@@ -8,9 +8,10 @@ from typing import Any
 
 import msgspec
 
-from adapter.contract.names import H_MSG_ID, H_REASON
+from adapter.bridge.poller import BotPoller
+from adapter.contract.names import H_MSG_ID, H_REASON, to_subject_token
+from adapter.contract.records import PollRecord
 from adapter.errors import SessionExpired
-from adapter.inbound.poller import BotPoller
 from adapter.ports import StoredMessage
 from adapter.security.seal import dead_context
 from tests.fakes import Bench, raw_message, settle
@@ -63,8 +64,8 @@ class Replica:
 
     async def die(self) -> None:
         """As kill -9 does: nothing is finished, nothing given back."""
-        if self.session.checkpoint is not None:
-            self.session.checkpoint.release = nothing  # type: ignore[method-assign]
+        if self.session.claim is not None:
+            self.session.claim.release = nothing  # type: ignore[method-assign]
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         for shard in self.bench.shards.values():
@@ -73,7 +74,7 @@ class Replica:
         await settle()
 
 
-async def nothing(**_: int) -> None: ...
+async def nothing(**_: Any) -> None: ...
 
 
 def successor_of(bench: Bench, name: str = "next-1") -> Bench:
@@ -84,11 +85,9 @@ def successor_of(bench: Bench, name: str = "next-1") -> Bench:
     return successor
 
 
-async def set_owner(bench: Bench, owner: str, **position: Any) -> None:
-    """The checkpoint gets a write, as from another replica. `position`: changes of what is sealed in it."""
-    stored = await bench.checkpoint()
-    changed = msgspec.structs.replace(stored.position, **position)
-    await bench.checkpoints.write(msgspec.structs.replace(stored, owner=owner, position=changed))
+async def set_owner(bench: Bench, owner: str) -> None:
+    """The poll key gets a write, as from another replica."""
+    bench.poll_bucket.put(to_subject_token(BOT), msgspec.json.encode(PollRecord(owner=owner)))
 
 
 def texts(bench: Bench) -> list[str]:

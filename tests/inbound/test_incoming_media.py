@@ -9,13 +9,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.content import media
-from adapter.contract import messages as contract
-from adapter.contract.messages import FileItem, ImageItem, Inbound, InboundItem, Media, VideoItem, VoiceItem
-from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED
-from adapter.errors import BusRefused, Refused, Temporary
-from adapter.ilink.translate import read_message
-from adapter.inbound.media import (
+from adapter.bridge.entries import Entry, Secrets, encode_entry
+from adapter.bridge.media import (
     ATTEMPTS,
     FETCH_S,
     MAX_FETCHES,
@@ -25,8 +20,13 @@ from adapter.inbound.media import (
     MediaFetcher,
     name_media,
 )
+from adapter.content import media
+from adapter.contract import messages as contract
+from adapter.contract.messages import FileItem, ImageItem, Inbound, InboundItem, Media, VideoItem, VoiceItem
+from adapter.contract.names import person_token, position
+from adapter.errors import BusRefused, Refused, Temporary
+from adapter.ilink.translate import read_message
 from adapter.kit.slots import FairSlots
-from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef
 from adapter.simulator import samples
 from tests.fakes import Bench, raw_message
@@ -50,7 +50,7 @@ def fetcher(bench: Bench, **changes: Any) -> MediaFetcher:
         "sealer": bench.sealer,
         "to_wav": to_wav,
         "may_store": bench.replica.may_store,
-        "transfers": bench.transfers,
+        "transfers": FairSlots(8, share=4),
         "clock": bench.clock,
         "metrics": bench.metrics,
     }
@@ -66,14 +66,16 @@ class Published:
         read = read_message(raw_message(number, *items))
         self.sandbox, self.user, self.id, self.fetches = sandbox, user, f"in:{BOT}:{sandbox}-{number}", read.fetches
         self.items = name_media(sandbox, user, self.id, read.items, read.fetches)
-        sealed = seal(bench.sealer, self.id, BOT, sandbox, Sealed("token", tuple(read.fetches)))
         window = contract.Window(remaining=9)
         inbound = Inbound(
             id=self.id, sandbox=sandbox, bot=BOT, user=user, sent_at_ms=1, received_at_ms=1, text="",
             items=self.items, window=window,
         )  # fmt: skip
-        headers = {H_MSG_ID: self.id, H_BOT: BOT, H_SEALED: sealed}
-        self.sequence = bench.bus.put(bench.names.inbox(sandbox), msgspec.json.encode(inbound), headers, "in")
+        subject = bench.names.inbox(sandbox, person_token(sandbox, user))
+        entry = Entry(since=1, messages=[msgspec.Raw(b"{}"), msgspec.Raw(msgspec.json.encode(inbound))])
+        secrets = Secrets("token", media=((1, tuple(read.fetches)),))
+        self.sequence = bench.bus.put(subject, encode_entry(entry, secrets, subject, bench.sealer), {}, "in")
+        self.position = position(self.sequence, 1)
 
     def media(self, index: int = 0) -> Media:
         return media_of(self.items[index])
@@ -85,7 +87,7 @@ class Published:
     async def ask(self, fetches: MediaFetcher, name: str = "") -> str:
         """Asks for the object, by default the first one. Returns the reason if it cannot be had, or ""."""
         try:
-            await fetches.ensure(self.sandbox, self.sequence, name or self.media().object)
+            await fetches.ensure(self.sandbox, self.position, name or self.media().object)
         except Refused as exc:
             return exc.reason if exc.detail == WHY[exc.reason] else f"{exc}, which is not told"
         return ""
@@ -246,31 +248,26 @@ async def test_who_stops_waiting_ends_no_fetch(bench: Bench) -> None:
     assert bench.objects.stored == {made.media().object: PNG}
 
 
-@pytest.mark.parametrize("change", ["no-message", "other-sandbox", "other-message", "no-references"])
+@pytest.mark.parametrize("change", ["no-message", "other-sandbox", "other-message", "other-place", "no-references"])
 async def test_only_the_object_of_that_message_is_fetched(bench: Bench, change: str) -> None:
     made, other = Published(bench, image()), Published(bench, image(), number=2)
-    sandbox, sequence = "s1", made.sequence
+    sandbox, place = "s1", made.position
     match change:
         case "no-message":
-            sequence = 10**6
+            place = position(10**6, 1)
         case "other-sandbox":
             sandbox = "s2"
         case "other-message":
-            sequence = other.sequence
+            place = other.position
+        case "other-place":
+            place = position(made.sequence, 0)
         case "no-references":
-            bench.bus.kept[:] = [kept._replace(stored=kept.stored._replace(headers={})) for kept in bench.bus.kept]
+            (kept,) = [kept for kept in bench.bus.kept if kept.stored.seq == made.sequence]
+            entry = msgspec.json.decode(kept.stored.data, type=dict[str, Any])
+            data = msgspec.json.encode({**entry, "sealed": ""})
+            bench.bus.kept[:] = [kept._replace(stored=kept.stored._replace(data=data))]
     with pytest.raises(Refused, match="not_found"):
-        await fetcher(bench).ensure(sandbox, sequence, made.media().object)
-    assert bench.cdn.fetched == []
-
-
-async def test_references_that_were_changed_are_not_followed(bench: Bench) -> None:
-    made, other = Published(bench, image()), Published(bench, image("p2"), number=2)
-    sealed = {k.stored.seq: k.stored.headers[H_SEALED] for k in bench.bus.kept}
-    (kept,) = [kept for kept in bench.bus.kept if kept.stored.seq == made.sequence]
-    kept.stored.headers[H_SEALED] = sealed[other.sequence]
-    with pytest.raises(Refused, match="token_key"):
-        await fetcher(bench).ensure("s1", made.sequence, made.media().object)
+        await fetcher(bench).ensure(sandbox, place, made.media().object)
     assert bench.cdn.fetched == []
 
 

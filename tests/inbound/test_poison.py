@@ -9,21 +9,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.messages import TextItem, Window
-from adapter.contract.names import H_REASON, H_SUBJECT
+from adapter.bridge import window
+from adapter.contract.messages import TextItem
+from adapter.contract.names import H_REASON, H_SUBJECT, person_token
 from adapter.ilink.translate import read_message
 from adapter.kit.persist import ATTEMPTS
-from adapter.outbound import window
-from adapter.outbound.conversation import Conversation
-from adapter.outbound.window import InboundReceived
 from adapter.ports import BusMessage, InboundMessage, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, batch, ready
-from tests.inbound.pollers import Poller, Replica, opened, raw, successor_of, texts
+from tests.inbound.pollers import USER, Poller, Replica, opened, raw, successor_of, texts
 
 VIRTUAL_TIME = True
 
 BAD = raw(WORDS, 2)
+SUBJECT = f"wechat.inbox.s1.{person_token('s1', USER)}"
 
 Fault = Callable[[Bench, int], dict[str, Any]]
 """Makes a part raise so many times for the message at fault, and returns changes of `Bench.poll_deps`."""
@@ -91,10 +90,10 @@ async def test_the_message_at_fault_alone_becomes_a_dead_letter(
     session = poller(bench, **fault(bench, ALWAYS))
     await asyncio.sleep(60)
     assert texts(bench) == ["one", "three", "four"]
-    assert letters(bench) == [("crashed", "wechat.inbox.s1", BAD)]
+    assert letters(bench) == [("crashed", SUBJECT, BAD)]
     assert bench.chat.asked == ["", "b", "c"]
-    assert session.checkpoint is not None
-    assert session.checkpoint.cursor == "c"
+    assert session.person is not None
+    assert session.person.state.cursor == "c"
     kinds = ("unsupported", "text")
     counted = [bench.metrics.value("inbound_messages_total", kind=kind, outcome="dead_lettered") for kind in kinds]
     assert sum(counted) == 1
@@ -134,43 +133,23 @@ async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_i
 # what costs less -----------------------------------------------------------------------------------------
 
 
-async def test_a_window_that_raises_costs_the_window_in_the_message(
+async def test_a_person_that_raises_as_it_takes_a_message_costs_its_window(
     poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    visible_window, strikes = window.visible_window, Bugs(1)
+    """It is in the inbox, and the next owner finds it there."""
+    taken = window.open_window
 
-    def fails(*args: Any) -> Any:
-        strikes.strike()
-        return visible_window(*args)
+    def fails(*_: object) -> None:
+        raise KeyError("a bug")
 
-    monkeypatch.setattr(window, "visible_window", fails)
-    bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"))
-    poller(bench)
-    await asyncio.sleep(5)
-    assert [(one.text, one.window == Window()) for one in bench.bus.inbound()] == [("one", True), ("two", False)]
-    assert (letters(bench), bench.chat.asked, len(captured.crashes())) == ([], ["", "b"], 1)
-    assert bench.record().token == "token-2"
-
-
-async def test_a_conversation_that_raises_as_it_takes_a_message_costs_its_window(
-    poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is in the inbox, and the next owner's conversation finds it there."""
-    taken = Conversation.on_inbound
-
-    def fails(conversation: Conversation, inbound: InboundReceived) -> None:
-        if inbound.message.endswith("001"):
-            raise KeyError("a bug")
-        taken(conversation, inbound)
-
-    monkeypatch.setattr(Conversation, "on_inbound", fails)
+    monkeypatch.setattr(window, "open_window", fails)
     bench = await ready(batch(raw("one", 1), cursor="b"))
     replica = Replica(bench)
     await asyncio.sleep(5)
     assert (texts(bench), letters(bench), bench.chat.asked) == (["one"], [], ["", "b"])
     assert len(captured.crashes()) == 1
     await replica.die()
-    monkeypatch.setattr(Conversation, "on_inbound", taken)
+    monkeypatch.setattr(window, "open_window", taken)
     successor = successor_of(bench)
     successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)

@@ -14,10 +14,10 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
+from adapter.bridge.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, LONGEST_HOLD_MS, State
 from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, LONGEST_HOLD_MS, BotPoller, State
 from adapter.kit.timing import PerTickLimiter, RateLimiter
 from adapter.ports import HOLD_MS, Account, BusMessage, InboundMessage, Polled
 from adapter.security.seal import Sealer
@@ -27,15 +27,18 @@ from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, start_poller, 
 VIRTUAL_TIME = True
 
 
-async def test_a_cursor_without_messages_is_used_at_once_and_written_a_minute_later(poller: Poller) -> None:
+async def test_a_cursor_without_messages_is_used_at_once_and_written_once_a_day(poller: Poller) -> None:
     """A write for each empty poll of thousands of bots would be most of all writes."""
     bench = await ready(batch(cursor="b"), None, batch(cursor="c"), None, batch(cursor="d"))
-    poller(bench)
-    await asyncio.sleep(60)
-    assert bench.bus.writes.count("checkpoint") == 1, "of the taking"
-    await asyncio.sleep(100)
+    session = poller(bench)
+    await asyncio.sleep(160)
     assert bench.chat.asked == ["", "b", "b", "c", "c", "d"]
-    assert (bench.bus.writes.count("checkpoint"), (await bench.checkpoint()).position.cursor) == (2, "c")
+    assert bench.bus.writes == ["poll"], "of the taking"
+    for cursor in ("e", "f"):
+        bench.chat.polls.append(batch(cursor=cursor))
+        session.cancel_poll()
+        await asyncio.sleep(25 * 3600)
+    assert bench.bus.writes.count("person") == 1
 
 
 async def test_no_poll_starts_before_all_of_an_answer_is_stored(poller: Poller) -> None:
@@ -44,13 +47,13 @@ async def test_no_poll_starts_before_all_of_an_answer_is_stored(poller: Poller) 
     gate = asyncio.Event()
 
     async def wait(message: BusMessage) -> None:
-        if message.stream == "in" and texts(bench):
+        if message.stream == "in":
             await gate.wait()
 
     bench.bus.on_publish = wait
     session = poller(bench)
     await asyncio.sleep(300)
-    assert (texts(bench), bench.chat.asked, session.state) == (["one"], [""], State.STORING)
+    assert (texts(bench), bench.chat.asked, session.state) == ([], [""], State.STORING)
     assert session.has_answer
     gate.set()
     await asyncio.sleep(1)
@@ -90,9 +93,9 @@ async def test_a_bot_shows_why_its_polls_fail_until_one_is_answered(poller: Poll
     bench = await ready(refusal, refusal, batch(cursor="b"))
     session = poller(bench)
     await asyncio.sleep(0.3)
-    assert session.why == "unreadable: the answer exceeds 8388608 bytes"
+    assert session.shown.why == "unreadable: the answer exceeds 8388608 bytes"
     await asyncio.sleep(10)
-    assert (session.state, session.why) == (State.POLLING, "")
+    assert (session.state, session.shown.why) == (State.POLLING, "")
 
 
 MOVES = itertools.count()
@@ -175,8 +178,8 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    deps = bench.poll_deps(ticks=PerTickLimiter(3), read_message=read)
-    sessions = [BotPoller(bot, deps) for bot in bots]
+    deps: dict[str, Any] = {"ticks": PerTickLimiter(3), "read_message": read}
+    sessions = [bench.new_poller(bot, **deps) for bot in bots]
     tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     bench.leases.has_lease = False
@@ -202,7 +205,7 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
     """Each alone wakes the process for itself."""
     bench = await ready()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
-    deps = bench.poll_deps()
+    deps: dict[str, Any] = {}
     asked: list[float] = []
     answers = {BOT: 30.0, "b2@im.bot": 30.04}
 
@@ -212,7 +215,7 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
         return Polled([], cursor, hold_ms)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    sessions = [BotPoller(BOT, deps), BotPoller("b2@im.bot", deps)]
+    sessions = [bench.new_poller(bot, **deps) for bot in (BOT, "b2@im.bot")]
     tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(45)
     assert len(asked) == 4
@@ -224,11 +227,11 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
 
 async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave_at_once() -> None:
     bench = await ready()
-    deps = bench.poll_deps(starts=RateLimiter(0.1))
-    sessions = [BotPoller(BOT, deps)]
+    deps: dict[str, Any] = {"starts": RateLimiter(0.1)}
+    sessions = [bench.new_poller(BOT, **deps)]
     for number in range(2, 6):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-        sessions.append(BotPoller(f"b{number}@im.bot", deps))
+        sessions.append(bench.new_poller(f"b{number}@im.bot", **deps))
     asked: list[str] = []
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
@@ -307,7 +310,7 @@ async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> No
     session.stop(immediately=True)
     await task
     assert texts(bench) == ["hello"]
-    assert (await bench.checkpoint()).position.cursor == "b"
+    assert (await bench.person()).state.cursor == "b"
 
 
 async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Poller) -> None:
@@ -363,7 +366,7 @@ async def test_notifystart_and_notifystop_are_sent_and_need_no_answer() -> None:
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True, False]
-    assert (await bench.checkpoint()).owner == ""
+    assert await bench.owner() == ""
 
 
 async def test_no_notifystop_is_sent_where_another_replica_goes_on() -> None:
@@ -375,7 +378,7 @@ async def test_no_notifystop_is_sent_where_another_replica_goes_on() -> None:
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True]
-    assert (await bench.checkpoint()).owner == ""
+    assert await bench.owner() == ""
     assert bench.freed == ["b1@im.bot"]
 
 
@@ -387,7 +390,7 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     session.stop(immediately=False)
     await task
     assert texts(bench) == ["last words"]
-    assert ((await bench.checkpoint()).owner, (await bench.checkpoint()).position.cursor) == ("", "b")
+    assert await bench.owner() == ""
     assert bench.chat.polling == 0
 
 
@@ -411,19 +414,16 @@ async def test_a_recovered_tokens_answer_is_stored_before_its_event() -> None:
     assert task.done()
 
 
-async def test_stopping_ends_a_poller_that_reads_the_inbox_again_in_vain() -> None:
+async def test_stopping_ends_a_poller_that_reads_the_inbox_in_vain() -> None:
     """Unbinding, a move and a hand-over go on while `WECHAT_IN` has no leader."""
     bench = await ready()
-    session, task = start_poller(bench)
-    await asyncio.sleep(1)
     bench.bus.unreadable = 10**6
-    session.on_released()
-    session.cancel_poll()
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert session.state is State.RETRYING
     session.stop(immediately=True)
     await asyncio.sleep(30)
-    assert (task.done(), (await bench.checkpoint()).owner) == (True, "")
+    assert (task.done(), await bench.owner()) == (True, "")
 
 
 async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_bot() -> None:
@@ -439,7 +439,7 @@ async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_b
     assert session.session.is_stale
     task.cancel()
     await asyncio.sleep(5)
-    assert (task.cancelled(), (await bench.checkpoint()).owner) == (True, "")
+    assert (task.cancelled(), await bench.owner()) == (True, "")
 
 
 async def test_a_cursor_too_long_to_keep_is_a_failure_that_is_shown(poller: Poller) -> None:
@@ -449,7 +449,7 @@ async def test_a_cursor_too_long_to_keep_is_a_failure_that_is_shown(poller: Poll
     with capture_logs() as logs:
         session = poller(bench)
         await asyncio.sleep(10)
-    assert (session.state, session.why[:16]) == (State.RETRYING, "cursor_too_long:")
+    assert (session.state, session.shown.why[:16]) == (State.RETRYING, "cursor_too_long:")
     failures = [entry["failures"] for entry in logs if entry["event"] == "poll.failed"]
     assert failures == [1, 2]
     assert texts(bench) == ["hello"]
@@ -494,7 +494,7 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
         loop, session = asyncio.get_running_loop(), Bench().new_poller("b1")
         reader, writer = await asyncio.open_connection(sock=ours)
         loop.add_reader(busy, block)
-        session._task, session._is_waiting = asyncio.current_task(), True
+        session._waiting = asyncio.current_task()
         session.cancel_poll()
         waker.send(b"!")
         try:

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from adapter.bridge.record import SentText
 from adapter.content.dedup import MessageKeys
 from adapter.content.quotes import Part, Reference
 from adapter.contract.messages import Inbound, Quote, TextItem
-from adapter.outbound.record import SentText
 from adapter.ports import InboundMessage
 from tests.fakes import Bench, batch
 from tests.inbound.pollers import polls

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.inbound.poller import LOGIN_POLLS_S, TRANSITIONS, BotPoller, State
+from adapter.bridge.poller import LOGIN_POLLS_S, TRANSITIONS, BotPoller, State
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, raw
 
@@ -32,7 +32,7 @@ class Noted(BotPoller):
 
 
 async def run(bench: Bench) -> tuple[Noted, asyncio.Task[None]]:
-    session = Noted(BOT, bench.poll_deps())
+    session = bench.poller_of(Noted, BOT)
     task = asyncio.get_running_loop().create_task(session.run())
     await asyncio.sleep(1)
     return session, task
@@ -47,10 +47,10 @@ async def end(session: Noted, task: asyncio.Task[None]) -> None:
 async def test_a_poller_waits_takes_polls_stores_and_releases() -> None:
     bench = await ready(batch(raw(), cursor="b"))
     session, task = await run(bench)
-    began = session.since
+    began = session.shown.since
     assert session.taken == [State.WAITING, State.TAKING, State.POLLING, State.STORING, State.POLLING]
     await asyncio.sleep(100)
-    assert session.since == began <= bench.clock.monotonic() - 100, "since when it is in its state"
+    assert session.shown.since == began <= bench.clock.monotonic() - 100, "since when it is in its state"
     await end(session, task)
 
 
@@ -71,7 +71,7 @@ async def test_a_bug_as_an_answer_is_stored_is_a_failure_that_is_shown(monkeypat
         raise RuntimeError("a bug")
 
     with capture_logs() as logs, monkeypatch.context() as patch:
-        patch.setattr("adapter.inbound.receive.Receiver.receive", fails)
+        patch.setattr("adapter.bridge.receive.Receiver.receive", fails)
         session, task = await run(bench)
     assert session.taken[3:5] == [State.STORING, State.RETRYING]
     assert "poller.crashed" in [line["event"] for line in logs]
@@ -113,15 +113,15 @@ async def test_a_token_that_is_refused_after_a_new_login_is_tried_again() -> Non
     await bench.bind(token="new")
     await asyncio.sleep(1)
     assert session.taken[-2:] == [State.NEEDS_LOGIN, State.STALE]
-    assert session.why == "iLink answered -14"
+    assert session.shown.why == "iLink answered -14"
     await end(session, task)
 
 
 @pytest.mark.parametrize("state", State, ids=lambda state: state.value)
 async def test_what_is_not_in_the_table_is_a_bug(state: State, bench: Bench) -> None:
     for other in State:
-        session = Noted(BOT, bench.poll_deps())
-        session.state = state
+        session = bench.poller_of(Noted, BOT)
+        session.shown.state = state
         if other is state or other in TRANSITIONS[state]:
             session.go_to(other)
             assert session.state is other

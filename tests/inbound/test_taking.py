@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bridge.poller import State
 from adapter.errors import AdapterError, BusRefused, Temporary
-from adapter.inbound.poller import BotPoller, State
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
-from tests.inbound.pollers import BOT, Poller, polls, raw, set_owner, start_poller, successor_of, texts
+from tests.inbound.pollers import BOT, Poller, polls, raw, set_owner, start_poller
 
 VIRTUAL_TIME = True
-
-
-async def owner_of(bench: Bench) -> str:
-    return (await bench.checkpoint()).owner
 
 
 # waiting for another owner -------------------------------------------------------------------------------
@@ -26,52 +21,52 @@ async def owner_of(bench: Bench) -> str:
 
 async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -> None:
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
     session = poller(bench)
     await asyncio.sleep(30)
     assert bench.chat.asked == []
-    await set_owner(bench, "", cursor="c")
-    session.on_released()
+    await set_owner(bench, "")
+    session.on_polled()
     await asyncio.sleep(1)
-    assert bench.chat.asked == ["c"]
+    assert bench.chat.asked == [""]
 
 
 async def test_a_new_owner_that_gets_no_notice_finds_out(poller: Poller) -> None:
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
     poller(bench)
     await asyncio.sleep(30)
-    await set_owner(bench, "", cursor="c")
+    await set_owner(bench, "")
     await asyncio.sleep(7)
-    assert bench.chat.asked == ["c"]
+    assert bench.chat.asked == [""]
 
 
 async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Poller) -> None:
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
     session = poller(bench)
     await asyncio.sleep(5)
     bench.leases.proven_dead.add("other-1")
-    session.on_released()
+    session.on_polled()
     await asyncio.sleep(1)
-    assert (bench.chat.asked, await owner_of(bench)) == (["b"], "me-1")
+    assert (bench.chat.asked, await bench.owner()) == ([""], "me-1")
 
 
-async def test_a_new_owner_takes_a_bot_whose_checkpoint_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
+async def test_a_new_owner_takes_a_bot_whose_key_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
     """As after a restore: it lives, and would never give back what it does not have."""
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
     session = poller(bench)
     await asyncio.sleep(60)
-    assert (bench.chat.asked, session.state, session.why) == ([], State.WAITING, "other-1 has not released it")
+    assert (bench.chat.asked, session.state, session.shown.why) == ([], State.WAITING, "other-1 has not released it")
     bench.idle.add(("other-1", BOT))
     await asyncio.sleep(60)
-    assert (bench.chat.asked, await owner_of(bench), session.state) == (["b"], "me-1", State.POLLING)
+    assert (bench.chat.asked, await bench.owner(), session.state) == ([""], "me-1", State.POLLING)
 
 
 async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller: Poller) -> None:
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
 
     async def is_idle(incarnation: str, bot: str) -> bool:
         await set_owner(bench, incarnation)
@@ -80,16 +75,16 @@ async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller:
     bench.is_idle = is_idle  # type: ignore[method-assign]
     poller(bench)
     await asyncio.sleep(120)
-    assert (bench.chat.asked, await owner_of(bench)) == ([], "other-1")
+    assert (bench.chat.asked, await bench.owner()) == ([], "other-1")
 
 
 async def test_a_bot_that_waits_for_an_owner_delays_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
+    await set_owner(bench, "other-1")
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    deps = bench.poll_deps(takeovers=asyncio.Semaphore(1))
-    sessions = [BotPoller(BOT, deps), BotPoller("b2@im.bot", deps)]
+    takeovers = asyncio.Semaphore(1)
+    sessions = [bench.new_poller(bot, takeovers=takeovers) for bot in (BOT, "b2@im.bot")]
     tasks = [asyncio.get_running_loop().create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == 1
@@ -129,33 +124,15 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
 # losing it -----------------------------------------------------------------------------------------------
 
 
-async def test_a_poller_whose_bot_another_took_ends_at_its_next_write(poller: Poller) -> None:
-    """It could not renew its lease and does not know; what it stores meanwhile is found by its id or fingerprint."""
-    bench = await ready(batch(raw(), cursor="zombie"), *[None, batch(cursor=None)] * 3)
+async def test_a_poller_whose_replica_joined_anew_polls_no_more(poller: Poller) -> None:
+    """It could not renew its lease, another one has the bot by now, and its key is left alone."""
+    bench = await ready(None)
     session = poller(bench)
-    await asyncio.sleep(5)
-    await set_owner(bench, "other-1", cursor="b")
-    await asyncio.sleep(120)
-    assert session.state is State.ENDED
-    stored = await bench.checkpoint()
-    assert (stored.owner, stored.position.cursor, bench.freed) == ("other-1", "b", [])
-
-
-async def test_a_checkpoint_that_was_set_back_ends_the_poller_which_names_itself_anew() -> None:
-    """Else whom the shard is handed to takes the bot from one that is dead, while this one's last poll waits."""
-    bench = await ready(batch(cursor="b"), *[None, batch(cursor=None)] * 2)
-    session, task = start_poller(bench)
     await asyncio.sleep(1)
-    await set_owner(bench, "dead-1", cursor="old")
-    bench.leases.proven_dead.add("dead-1")
+    bench.leases.incarnation = "me-2"
+    await set_owner(bench, "other-1")
     await asyncio.sleep(120)
-    assert task.done(), "the supervisor begins another one, as long as the shard is its own"
-    bench.chat.polls = deque([batch(raw(), cursor="c")])
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    assert (await owner_of(bench), bench.chat.asked[-2:], texts(bench)) == ("me-1", ["old", "c"], ["hello"])
-    session.stop(immediately=True)
-    await task
+    assert (session.state, await bench.owner(), bench.freed) == (State.ENDED, "other-1", [])
 
 
 # giving it back ------------------------------------------------------------------------------------------
@@ -167,83 +144,48 @@ async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(proble
     bench = await ready()
     session, task = start_poller(bench)
     await settle()
-    bench.checkpoint_bucket.on_write = refuses = Failing(3, problem)
+    bench.poll_bucket.on_write = refuses = Failing(3, problem)
     session.stop(immediately=True)
     await task
-    assert (refuses.left, await owner_of(bench)) == (0, "")
+    assert (refuses.left, await bench.owner()) == (0, "")
 
 
-async def test_who_cannot_open_the_token_leaves_the_checkpoint_as_it_is() -> None:
+async def test_who_cannot_open_the_token_leaves_the_poll_key_as_it_is() -> None:
     sealer = Sealer((bytes(32),))
     bench = await ready(token=sealer.seal(BOT, "secret"))
     await polls(bench)
-    before = dict(bench.checkpoint_bucket.entries)
+    before = dict(bench.poll_bucket.entries)
     stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
     stranger.leases.proven_dead.add("me-1")
     session, task = start_poller(stranger)
     await asyncio.sleep(60)
-    assert (session.state, session.why[:10]) == (State.RETRYING, "token_key:")
-    assert bench.checkpoint_bucket.entries == before
+    assert (session.state, session.shown.why[:10]) == (State.RETRYING, "token_key:")
+    assert bench.poll_bucket.entries == before
     session.stop(immediately=True)
     await task
 
 
-async def test_the_checkpoint_of_a_bot_that_is_unbound_goes_in_time() -> None:
-    bench = await ready(batch(raw("one", 1)), batch(raw("two", 2), cursor="c"))
+async def test_the_poll_key_of_a_bot_that_is_unbound_goes_in_time() -> None:
+    bench = await ready()
     session, task = start_poller(bench)
     await asyncio.sleep(5)
-    assert bench.checkpoint_bucket.ttls == {}
+    assert bench.poll_bucket.ttls == {}
     await bench.bindings.remove(BOT)
     session.stop(immediately=True)
     await task
-    stored = await bench.checkpoint()
-    assert (stored.owner, stored.position.cursor, stored.position.inbox_seq) == ("", "c", 2)
-    assert list(bench.checkpoint_bucket.ttls.values()) == [3600]
-
-
-@pytest.mark.parametrize("moved", [False, True], ids=["by the owner that told it", "by another owner"])
-async def test_what_was_stored_before_a_bot_ended_is_a_repeat_for_its_next_sandbox(moved: bool) -> None:
-    """iLink repeats for an hour, also where the inbox has let the message go."""
-    bench = await ready(*[batch(raw(f"word {n}", n), cursor=f"c{n}") for n in range(40)])
-    session, task = start_poller(bench)
-    await asyncio.sleep(30)
-    stored = len(texts(bench))
-    if moved:
-        session.stop(immediately=True)
-        await task
-        bench = successor_of(bench)
-        session, task = start_poller(bench)
-        await asyncio.sleep(5)
-    await bench.bindings.remove(BOT)
-    session.stop(immediately=True)
-    await task
-    bench.bus.forget_ids()
-    stored_before, bench.bus.kept = bench.bus.inbound(), []
-    await bench.bind("s2")
-    bench.chat.polls.append(batch(raw("word 3", 3), raw("word 39", 99, create_time_ms=1789000000039), cursor="z"))
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    assert (stored, len(stored_before), texts(bench)) == (40, 40, [])
-    session.stop(immediately=True)
-    await task
+    assert (await bench.owner(), list(bench.poll_bucket.ttls.values())) == ("", [3600])
 
 
 # where polling begins ------------------------------------------------------------------------------------
 
 
-async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:
-    """A bot that is bound anew with it, perhaps to another sandbox, told everything since to that one."""
+async def test_a_start_cursor_counts_until_the_person_has_one_of_their_own() -> None:
     sealer = Sealer((bytes(32),))
-    given = [sealer.seal(cursor_context(BOT), word) for word in ("given", "given", "another")]
-    bench = await ready(batch(raw(), cursor="b"), start_cursor=given[0])
+    bench = await ready(batch(raw(), cursor="b"), start_cursor=sealer.seal(cursor_context(BOT), "given"))
     await polls(bench)
-    await bench.bindings.remove(BOT)
-    await bench.bind("s2", start_cursor=given[1])
+    await bench.bind(start_cursor=sealer.seal(cursor_context(BOT), "another"))
     await polls(bench)
     assert bench.chat.asked == ["given", "b", "b"]
-    await bench.bind("s2", start_cursor=given[2])
-    await polls(bench)
-    assert bench.chat.asked[3:] == ["another"]
 
 
 async def test_an_empty_start_cursor_is_none() -> None:
@@ -253,32 +195,12 @@ async def test_an_empty_start_cursor_is_none() -> None:
     assert (bench.chat.asked, [entry for entry in logs if entry["log_level"] == "error"]) == ([""], [])
 
 
-async def test_a_start_cursor_of_which_the_key_is_gone_leaves_the_bot_where_it_is() -> None:
-    bench = await ready(batch(raw(), cursor="b"))
-    await polls(bench)
-    await bench.bind(start_cursor=Sealer((b"\1" * 32,)).seal(cursor_context(BOT), "given"))
+async def test_a_start_cursor_of_which_the_key_is_gone_is_none() -> None:
+    bench = await ready(start_cursor=Sealer((b"\1" * 32,)).seal(cursor_context(BOT), "given"))
     with capture_logs() as logs:
         await polls(bench)
-    assert bench.chat.asked == ["", "b", "b"]
+    assert bench.chat.asked == [""]
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["cursor.unopenable"]
-
-
-async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_once() -> None:
-    bench = await ready(batch(raw("one"), cursor="b"))
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    await bench.bind(start_cursor="given")
-    bench.chat.polls.append(batch(raw("two", 2), cursor="c"))
-    session.cancel_poll()
-    await asyncio.sleep(5)
-    session.stop(immediately=True)
-    await task
-    assert bench.chat.asked == ["", "b", "given", "c"]
-    successor, task = start_poller(bench)
-    await asyncio.sleep(5)
-    successor.stop(immediately=True)
-    await task
-    assert bench.chat.asked[4:] == ["c"]
 
 
 async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
@@ -291,4 +213,4 @@ async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     session.stop(immediately=True)
     await asyncio.sleep(2)
     assert task.done()
-    assert await owner_of(bench) == ""
+    assert await bench.owner() == ""

@@ -250,12 +250,10 @@ async def _update(nc: Client, stream: str, **changes: object) -> None:
 
 
 async def altered_stream(s: Scene) -> None:
-    """Somebody takes the republish away: no sandbox hears a word."""
-    republish = (await s.nc.jetstream().stream_info(NAMES.stream_in)).config.republish
+    """Somebody lets the inbox refuse what is new once it is full."""
     async with s.fires("StreamsDiffer"):
-        await _update(s.nc, NAMES.stream_in, republish=None)
-    assert republish is not None
-    await _update(s.nc, NAMES.stream_in, republish={"src": republish.src, "dest": republish.dest})
+        await _update(s.nc, NAMES.stream_in, discard="new")
+    await _update(s.nc, NAMES.stream_in, discard="old")
 
 
 async def full_memory(s: Scene) -> None:

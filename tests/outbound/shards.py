@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from adapter.bridge.partition import Partition
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.errors import SessionExpired, Throttled, Uncertain
-from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import Bench
 
@@ -21,7 +21,7 @@ THREE = ("A" * 1500 + "\n\n") * 3
 """A text of three parts."""
 
 
-async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
+async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Partition]:
     """One bound user; by default with an open window."""
     bench = Bench()
     await bench.bind()

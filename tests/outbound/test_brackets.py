@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from adapter.outbound.texts import split, widen
+from adapter.bridge.texts import split, widen
 
 TABLE = [
     ("the report", "CPU使用率<80%时属于**正常范围**", "CPU使用率＜80%时属于**正常范围**"),

@@ -7,10 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.messages import Outbound
-from adapter.contract.names import forwardable_headers
-from adapter.errors import Refused, Unreadable
-from adapter.outbound.commands import (
+from adapter.bridge.commands import (
     Command,
     Limits,
     MediaPart,
@@ -21,6 +18,9 @@ from adapter.outbound.commands import (
     read_command,
     sandbox_of,
 )
+from adapter.contract.messages import Outbound
+from adapter.contract.names import forwardable_headers
+from adapter.errors import Refused, Unreadable
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000

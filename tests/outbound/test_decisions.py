@@ -6,25 +6,25 @@ from typing import Any
 
 import msgspec
 
-from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.outbound import sending
-from adapter.outbound.record import (
+from adapter.bridge import sending
+from adapter.bridge.record import (
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
     SENT_TEXTS,
     CommandRef,
-    ConversationRecord,
+    PersonState,
     SendProgress,
     SendWindow,
     SentText,
 )
-from adapter.outbound.sending import (
+from adapter.bridge.sending import (
     CommandResult,
     QueuedCommand,
     SendPolicy,
     ServingBot,
 )
-from adapter.outbound.window import WindowPolicy
+from adapter.bridge.window import WindowPolicy
+from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ports import Accepted, Content, MediaKind, Uploaded
 from tests.fakes import FakeDelivery
 from tests.outbound.shards import rows
@@ -73,10 +73,10 @@ def under_way(*numbers: int, **fields: Any) -> SendProgress:
     return SendProgress(**made | fields)
 
 
-def record(head: SendProgress | None = None, *, used: int = 0, **fields: Any) -> ConversationRecord:
+def record(head: SendProgress | None = None, *, used: int = 0, **fields: Any) -> PersonState:
     window = {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
     opened = SendWindow(**{"id": "in:1", "opened_ms": NOW, "sends_used": used, **window})
-    return ConversationRecord(**{"bot": "b1", "token": "t", "window": opened, "head": head, **fields})
+    return PersonState(**{"bot": "b1", "token": "t", "window": opened, "head": head, **fields})
 
 
 def numbers(commands: list[QueuedCommand]) -> list[int]:
@@ -130,9 +130,7 @@ HALF: dict[str, Any] = {"part": 1, "unanswered_attempts": 0}
         ),
     },
 )
-def test_whether_the_head_may_be_sent(
-    first: QueuedCommand, known: ConversationRecord, bot: ServingBot, reason: str
-) -> None:
+def test_whether_the_head_may_be_sent(first: QueuedCommand, known: PersonState, bot: ServingBot, reason: str) -> None:
     assert sending.blocker(first, known, bot, POLICY, NOW) == reason
 
 
@@ -194,7 +192,7 @@ def test_which_request_may_be_made_again(progress: SendProgress, bot: str, may: 
     },
 )
 def test_which_commands_are_of_the_message_under_way(
-    queue: list[QueuedCommand], known: ConversationRecord, group: list[int]
+    queue: list[QueuedCommand], known: PersonState, group: list[int]
 ) -> None:
     assert numbers(sending.in_progress(queue, known)) == group
 
@@ -239,7 +237,7 @@ NAMESAKES = [*parked(1), command(2, ident="c1", parked=True)]
     },
 )
 def test_what_goes_into_the_next_message(
-    queue: list[QueuedCommand], known: ConversationRecord, alone_up_to: int, group: list[int]
+    queue: list[QueuedCommand], known: PersonState, alone_up_to: int, group: list[int]
 ) -> None:
     assert numbers(sending.next_message(queue, known, POLICY, alone_up_to)) == group
 
@@ -294,7 +292,7 @@ def test_how_many_texts_fit_into_a_message(texts: list[str], together: int) -> N
     },
 )
 def test_the_progress_of_the_message_that_is_about_to_be_sent(
-    known: ConversationRecord, group: list[QueuedCommand], bot: str, progress: SendProgress
+    known: PersonState, group: list[QueuedCommand], bot: str, progress: SendProgress
 ) -> None:
     assert sending.begun(group, known, bot) == progress
 
@@ -488,7 +486,7 @@ LATE: dict[str, Any] = {"expires_ms": NOW + 1}
     },
 )
 def test_which_commands_have_waited_too_long(
-    queue: list[QueuedCommand], known: ConversationRecord, ended: list[int]
+    queue: list[QueuedCommand], known: PersonState, ended: list[int]
 ) -> None:
     assert numbers(sending.expired(queue, known, NOW)) == ended
 
@@ -570,7 +568,7 @@ UNSURE = "An earlier request got no answer, so the message may have been sent. L
     },
 )
 def test_the_receipt_of_a_command_at_its_end(
-    result: CommandResult, known: ConversationRecord, parts: int, expected: CommandResult
+    result: CommandResult, known: PersonState, parts: int, expected: CommandResult
 ) -> None:
     assert sending.final_result(result, known, command(1, part_count=parts)) == expected
 
@@ -619,7 +617,7 @@ OLD = [ref(number + 100) for number in range(RECENT_COMMANDS)]
     },
 )
 def test_the_record_after_a_command_has_ended(
-    known: ConversationRecord,
+    known: PersonState,
     ended: CommandRef,
     is_refused: bool,
     head: SendProgress | None,

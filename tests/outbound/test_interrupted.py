@@ -8,10 +8,10 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from adapter.contract.names import conversation_key
+from adapter.contract.names import person_token
 from adapter.errors import Temporary
 from tests.fakes import Bench, FakeDelivery
-from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, free_slots, outcomes, ready, user_writes
+from tests.outbound.shards import BOT, STALE, THROTTLED, USER, free_slots, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -30,7 +30,7 @@ def media(bench: Bench, data: bytes, **fields: Any) -> FakeDelivery:
 
 async def test_the_drain_of_a_shard_whose_records_cannot_be_stored_has_an_end() -> None:
     bench, shard = await ready()
-    bench.conversation_bucket.on_write = hang
+    bench.person_bucket.on_write = hang
     shard.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
@@ -63,37 +63,6 @@ async def test_minus_14_asks_for_the_session_of_the_bot_that_sent() -> None:
     assert {sent.bot for sent in bench.chat.sent} == {"b2@im.bot"}
 
 
-async def test_a_file_that_was_being_uploaded_is_not_taken_for_what_goes_before_it() -> None:
-    """A command that waited until its bot's user was known is older."""
-    bench, shard = await ready()
-    await bench.bind(bot=AGAIN, user="")
-    shard.on_delivery(bench.command("welcome", id="held", bot=AGAIN))
-    await asyncio.sleep(5)
-    bench.cdn.took_s = 10.0
-    shard.on_delivery(media(bench, b"AAAA", id="file", user=USER))
-    await asyncio.sleep(2)
-    await bench.bind(bot=AGAIN)
-    await asyncio.sleep(60)
-    assert [(sent.text, sent.media is not None) for sent in bench.chat.taken.values()] == [
-        ("welcome", False),
-        ("", True),
-    ]
-    assert outcomes(bench)[1:] == [("held", "accepted", ""), ("file", "accepted", "")]
-
-
-async def test_an_older_command_that_joins_late_goes_behind_what_may_have_been_sent() -> None:
-    bench, shard = await ready()
-    await bench.bind(bot=AGAIN, user="")
-    shard.on_delivery(bench.command("welcome", id="held", bot=AGAIN))
-    bench.chat.sends.append(TIMEOUT)
-    shard.on_delivery(bench.command("hi", id="c1", user=USER))
-    await asyncio.sleep(5)
-    await bench.bind(bot=AGAIN)
-    await asyncio.sleep(400)
-    assert bench.chat.texts == ["hi", "hi", "welcome"]
-    assert outcomes(bench)[1:] == [("c1", "accepted", ""), ("held", "accepted", "")]
-
-
 async def test_a_new_bot_of_the_user_uploads_what_its_predecessor_could_not_send() -> None:
     bench, shard = await ready()
     bench.chat.sends.append(Temporary("network"))
@@ -106,7 +75,7 @@ async def test_a_new_bot_of_the_user_uploads_what_its_predecessor_could_not_send
     assert [upload.bot for upload in bench.cdn.uploads] == [BOT, AGAIN]
     sent = [(sent.bot, sent.media.reference) for sent in bench.chat.sent if sent.media]
     assert sent == [(BOT, "ref1"), (AGAIN, "ref2")]
-    assert outcomes(bench) == [("file", "accepted", "")]
+    assert outcomes(bench) == [("file", "parked", "window_closed"), ("file", "accepted", "")]
 
 
 async def test_what_was_uploaded_before_it_was_parked_is_uploaded_again() -> None:
@@ -125,10 +94,10 @@ async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> 
     bench, shard = await ready()
 
     async def erase(_: str) -> None:
-        bench.conversation_bucket.on_write = None
-        bench.conversation_bucket.put(conversation_key("s1", USER), None)
+        bench.person_bucket.on_write = None
+        bench.person_bucket.put(f"s1.{person_token('s1', USER)}", None)
 
-    bench.conversation_bucket.on_write = erase
+    bench.person_bucket.on_write = erase
     with capture_logs() as logs:
         shard.on_delivery(bench.command("hi", id="c1"))
         await asyncio.sleep(10)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from adapter.bridge.inflight import MISSING_CONFIRM_S
+from adapter.bridge.partition import Partition
+from adapter.bridge.record import CommandRef
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.outbound import shard as outbound
-from adapter.outbound.record import CommandRef
-from adapter.outbound.shard import MISSING_CONFIRM_S, Shard
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench
 from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
@@ -23,7 +23,7 @@ THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare 
 TIMEOUT = Uncertain("timeout", "no answer")
 
 
-async def waiting(*texts: str, **changes: Any) -> tuple[Bench, Shard]:
+async def waiting(*texts: str, **changes: Any) -> tuple[Bench, Partition]:
     """A user whose window is closed, and texts parked for them, as c0, c1, …"""
     bench, shard = await ready(is_open=False, **{"merge_chars": CHARS, **changes})
     for number, text in enumerate(texts):
@@ -99,7 +99,7 @@ async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> 
 
 
 async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them is not shown at first; afterwards a shard has as much room as before."""
+    """One of them is not shown at first; afterwards the replica has as much room as before."""
     bench, shard = await waiting(*("x" * 200 for _ in range(10)))
     asked, get = list[int](), bench.bus.get
 
@@ -108,7 +108,7 @@ async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypa
         return await get(stream, seq)
 
     monkeypatch.setattr(bench.bus, "get", noted)
-    monkeypatch.setattr(outbound, "BODY_BYTES", 1000)
+    shard.parts.bodies.most = 1000
     show = hide(bench, 5)
     await user_writes(bench)
     await asyncio.sleep(8)
@@ -206,7 +206,7 @@ async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time(
 # expiry --------------------------------------------------------------------------------------------------
 
 
-async def impatient(bench: Bench, shard: Shard, *seconds: float) -> None:
+async def impatient(bench: Bench, shard: Partition, *seconds: float) -> None:
     """Parks t0, t1, … that live so long."""
     for number, expires_in_s in enumerate(seconds):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))

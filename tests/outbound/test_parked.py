@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from adapter.outbound.shard import MISSING_CONFIRM_S
+from adapter.bridge.inflight import MISSING_CONFIRM_S
 from tests.fakes import LIMITS, WINDOW
 from tests.outbound.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
 

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from adapter.bridge import partition as outbound
+from adapter.bridge import sending, sessions
+from adapter.bridge.partition import Partition
+from adapter.bridge.parts import Bodies
 from adapter.contract.names import H_REASON, H_SUBJECT
-from adapter.outbound import sending, sessions
-from adapter.outbound import shard as outbound
-from adapter.outbound.shard import Shard
 from adapter.ports import Account, BusMessage, Content
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeDelivery
@@ -23,14 +24,14 @@ VIRTUAL_TIME = True
 OTHER_BOT, OTHER = "b2@im.bot", "u2@im.wechat"
 
 
-Fault = Callable[[pytest.MonkeyPatch, Bench, Shard, Bugs], None]
+Fault = Callable[[pytest.MonkeyPatch, Bench, Partition, Bugs], None]
 """Makes a port raise for the command at fault."""
 
 
-def calling(find: Callable[[Bench, Shard], object], name: str, is_at_fault: Callable[..., bool]) -> Fault:
+def calling(find: Callable[[Bench, Partition], object], name: str, is_at_fault: Callable[..., bool]) -> Fault:
     """What raises is `name` of the found object, at calls that `is_at_fault`."""
 
-    def fault(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
+    def fault(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
         owner = find(bench, shard)
         real = getattr(owner, name)
 
@@ -52,7 +53,7 @@ def is_bad_send(account: Account, *, content: Content, **_: Any) -> bool:
     return isinstance(content, str) and WORDS in content
 
 
-def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Shard, bugs: Bugs) -> None:
+def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Partition, bugs: Bugs) -> None:
     async def fails(sent: Any) -> None:
         if WORDS in sent.text:
             bugs.strike()
@@ -60,7 +61,7 @@ def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Shard, bugs: Bugs)
     bench.chat.on_send = fails
 
 
-def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
+def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
     async def fails(message: BusMessage) -> None:
         if ".receipt." in message.subject and b'"bad"' in message.payload:
             bugs.strike()
@@ -68,7 +69,7 @@ def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -
     bench.bus.on_publish = fails
 
 
-def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
+def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
     """iLink says -14 to the command at fault, and notifystart raises."""
     real = bench.chat.send
 
@@ -129,7 +130,7 @@ STEPS = [
     Step("placed-again", calling(SHARD, "_binding_for", of_bad), redelivered=True, outlives=0),
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
     Step("decision", calling(lambda *_: sending, "next_message", is_first_bad)),
-    Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
+    Step("record", calling(lambda bench, _: bench.persons, "save", of_bad)),
     Step("slot", calling(lambda bench, _: bench.slots, "try_acquire", always), times=4),
     Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
     Step("object", calling(lambda bench, _: bench.objects, "get_info", always), OBJECT),
@@ -152,7 +153,7 @@ def ended(bench: Bench) -> list[tuple[str, str, str]]:
     return [(receipt.command, receipt.outcome, receipt.reason) for receipt in finals(bench)]
 
 
-async def two_users() -> tuple[Bench, Shard]:
+async def two_users() -> tuple[Bench, Partition]:
     bench = Bench()
     await bench.bind()
     await bench.bind(bot=OTHER_BOT, user=OTHER)
@@ -164,7 +165,7 @@ async def two_users() -> tuple[Bench, Shard]:
 
 async def three_commands(
     step: Step, times: int, patch: pytest.MonkeyPatch
-) -> tuple[Bench, Shard, list[FakeDelivery]]:
+) -> tuple[Bench, Partition, list[FakeDelivery]]:
     """One before the one at fault, one behind it, and one for another user."""
     bugs = Bugs(0)
     bench, shard = await two_users()
@@ -186,7 +187,7 @@ async def three_commands(
     return bench, shard, [before, bad, after]
 
 
-def check_nothing_is_left(bench: Bench, shard: Shard, deliveries: list[FakeDelivery]) -> None:
+def check_nothing_is_left(bench: Bench, shard: Partition, deliveries: list[FakeDelivery]) -> None:
     assert shard.queue_depths(Counter()) == (0, None)
     assert shard.tasks == 0
     assert free_slots(bench) == 8
@@ -255,9 +256,8 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
 
 
 async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of commands beyond the room of a shard."""
-    bench, shard = await ready(gap_ms=0)
-    monkeypatch.setattr(outbound, "BODY_BYTES", 100)
+    """Of commands beyond the room of the replica."""
+    bench, shard = await ready(gap_ms=0, bodies=Bodies(100))
     bugs = Bugs(5)
     calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
     for number in range(20):
@@ -295,7 +295,7 @@ async def test_a_command_that_comes_as_another_ends_that_made_opening_raise_is_s
 ) -> None:
     bench, shard = await ready()
     bugs = Bugs(3)
-    calling(lambda _, shard: shard, "load", always)(monkeypatch, bench, shard, bugs)
+    calling(lambda bench, _: bench.persons, "load", always)(monkeypatch, bench, shard, bugs)
 
     async def slow(_: BusMessage) -> None:
         await asyncio.sleep(1)
@@ -322,7 +322,7 @@ async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_canno
     async def fails(key: str) -> None:
         bugs.strike()
 
-    bench.conversation_bucket.on_write = fails
+    bench.person_bucket.on_write = fails
     await user_writes(bench)
     bugs.left = 0
     await asyncio.sleep(10)
@@ -337,7 +337,7 @@ async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_canno
 # what is parked ----------------------------------------------------------------------------------------------
 
 
-async def three_parked(**changes: Any) -> tuple[Bench, Shard]:
+async def three_parked(**changes: Any) -> tuple[Bench, Partition]:
     bench, shard = await ready(is_open=False, gap_ms=0, **changes)
     for text in ("before", WORDS, "after"):
         shard.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
@@ -364,7 +364,7 @@ async def test_of_what_cannot_be_read_back_the_one_at_fault_ends_alone(
 ) -> None:
     bench, shard = await three_parked(merge_chars=merge_chars)
     await asyncio.sleep(5)
-    load = calling(SHARD, "read_bodies", lambda _, commands: 2 in [one.sequence for one in commands])
+    load = calling(lambda _, shard: shard.commands, "_read", lambda commands: 2 in [one.sequence for one in commands])
     load(monkeypatch, bench, shard, Bugs(times))
     await user_writes(bench)
     await asyncio.sleep(60)

@@ -7,13 +7,13 @@ import asyncio
 import msgspec
 import pytest
 
+from adapter.bridge import receipts
+from adapter.bridge.receipts import Address
+from adapter.bridge.record import CommandRef
+from adapter.bridge.sending import CommandResult
 from adapter.contract.messages import Receipt, Window
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
 from adapter.errors import BusRefused, StaleRead, Temporary
-from adapter.outbound import receipts
-from adapter.outbound.receipts import Address
-from adapter.outbound.record import CommandRef
-from adapter.outbound.sending import CommandResult
 from adapter.ports import BusMessage
 from tests.fakes import Bench
 from tests.outbound.shards import ready

@@ -1,4 +1,4 @@
-"""Records of users whom nobody serves go in time, and those of a later version are left alone."""
+"""What is stored of a person: the record is written by sends alone, and nothing of it is read in vain."""
 
 from __future__ import annotations
 
@@ -7,109 +7,54 @@ import asyncio
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import conversation_key
-from adapter.contract.records import UNBOUND_S
-from adapter.outbound.record import SentText
+from adapter.bridge.record import SentText
+from adapter.contract.names import person_token
 from tests.fakes import Bench
 from tests.newer import made_newer
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
-KEY = conversation_key("s1", USER)
+KEY = f"s1.{person_token('s1', USER)}"
 AGAIN = "b2@im.bot"
 
 
-def ends_in(bench: Bench) -> int:
-    """Seconds after which the record goes; 0: it stays."""
-    assert bench.record().token == "AARz"
-    return bench.conversation_bucket.ttls.get(KEY, 0)
+async def test_nothing_is_written_for_a_person_because_a_message_came() -> None:
+    bench, _ = await ready(is_open=False)
+    for number in range(5):
+        await bench.wrote(f"in:{number}")
+        await asyncio.sleep(10)
+    assert bench.records() == {}
 
 
-async def evict(bench: Bench) -> None:
-    """Nothing of any conversation is in memory."""
-    (shard,) = bench.shards.values()
-    for _ in range(2):
-        shard.evict_idle()
-        await asyncio.sleep(1)
-    assert list(shard) == []
-
-
-async def test_a_conversation_without_work_leaves_memory_while_its_window_is_open() -> None:
+async def test_a_send_writes_the_record_once_before_its_request() -> None:
     bench, shard = await ready()
+    bench.bus.writes.clear()
     shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(10)
-    await evict(bench)
-    assert bench.record().window.opened_ms
-    shard.on_delivery(bench.command("again", id="c2"))
-    await asyncio.sleep(10)
-    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_them_again(*, in_memory: bool) -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(25 * 3600)  # the window has closed, and the next one opens unseen
-    bench.hears(sends_used=3)
-    if in_memory:
-        await shard.conversation("s1", USER)
-    else:
-        await evict(bench)
-    await bench.close()
-    await bench.bindings.remove(BOT)
-    assert ends_in(bench) == UNBOUND_S
-    assert bench.record().unserved
-    if not in_memory:
-        await evict(bench)
-    await bench.bind(bot=AGAIN)
-    await user_writes(bench, bot=AGAIN)
-    await asyncio.sleep(1)
-    assert ends_in(bench) == 0
-    assert not bench.record().unserved
-
-
-async def test_a_bot_that_moves_leaves_a_record_that_goes_in_time() -> None:
-    bench, _ = await ready()
-    await bench.close()
-    await bench.bind(sandbox="s2")
-    assert ends_in(bench) == UNBOUND_S
-
-
-@pytest.mark.parametrize("change", ["replaced", "token", "lost", "unknown"])
-async def test_the_record_of_a_user_who_is_served_stays(change: str) -> None:
-    bench, shard = await ready()
-    match change:
-        case "replaced":
-            await bench.bind(bot=AGAIN)
-            await bench.bindings.remove(BOT)
-        case "token":
-            await bench.bind(token="another")
-        case "lost":
-            await bench.bind(state="needs_login")
-        case _:
-            await bench.bind(bot=AGAIN, user="")
-            await bench.bindings.remove(AGAIN)
-    await asyncio.sleep(1)
-    assert ends_in(bench) == 0
-    await user_writes(bench, bot=bench.bindings.of_sandbox("s1")[0].bot)
-    assert ends_in(bench) == 0
-    assert len(bench.conversation_bucket.entries) == 1
-    shard.stop()
-
-
-async def test_what_is_stored_of_an_unbound_user_later_goes_in_time_too() -> None:
-    """The answer to what was out as they were unbound."""
-    bench, shard = await ready()
-    bench.chat.took_s = 20.0
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    await bench.bindings.remove(BOT)
     await asyncio.sleep(60)
-    assert outcomes(bench) == [("c1", "accepted", "")]
-    await evict(bench)
-    assert [ref.id for ref in bench.record().recent] == ["c1"]
-    assert ends_in(bench) == UNBOUND_S
+    assert bench.bus.writes == ["person", "event"]
+
+
+async def test_the_cursor_of_a_silent_person_is_stored_once_a_day() -> None:
+    bench, _ = await ready()
+    person = await bench.person()
+    bench.bus.writes.clear()
+    for hour in range(51):
+        person.on_cursor(f"cursor {hour}")
+        await asyncio.sleep(3600)
+    assert bench.bus.writes == ["person"] * 2
+
+
+async def test_a_person_who_is_gone_leaves_memory() -> None:
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    await bench.close()
+    await bench.persons.forget(bench.bindings.get(BOT).key)  # type: ignore[union-attr] # as control does
+    await bench.bindings.remove(BOT)
+    shard.evict_idle()
+    assert [*shard] == []
+    assert bench.records() == {}, "its record ends with the person's time"
 
 
 async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> None:
@@ -123,47 +68,35 @@ async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> No
     await bench.close()
     assert 14 < bench.clock.monotonic() - began < 18
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "not_bound")]
-    assert [ref.id for ref in bench.record().recent] == ["c1"]
     shard.on_delivery(bench.command("hi", id="c3"))
     await asyncio.sleep(1)
     assert outcomes(bench)[2:] == [("c3", "refused", "not_bound")]
 
 
-async def test_a_record_that_was_erased_is_not_written_again_from_memory() -> None:
-    bench, shard = await ready()
-    key = conversation_key("s1", USER)
-    await shard.conversation("s1", USER)
-    await bench.close()
-    bench.conversation_bucket.put(key, None)
-    await bench.bindings.remove(BOT)
-    await evict(bench)
-    assert bench.conversation_bucket.entries[key].value is None
-
-
-async def test_what_was_erased_does_not_come_back_with_the_persons_next_message() -> None:
-    """Their last message was cut as it was told: the conversation stayed in memory."""
+async def test_what_was_of_a_former_time_does_not_come_back() -> None:
+    """The same user is bound again, and the record of before is still there."""
     bench, shard = await ready()
     bench.hears(sent=[SentText(id="1", kind="text", text="your secret")])
-    await shard.conversation("s1", USER)
-    await bench.wrote("in:2")
-    await bench.close()
-    bench.conversation_bucket.put(KEY, None)
+    await bench.person()
     await bench.bindings.remove(BOT)
-    await evict(bench)
-    await bench.bind()
+    shard.evict_idle()
+    await bench.bind(since=7)
+    person = await bench.person()
+    assert (person.state.sent, person.state.token) == ([], "")
     await bench.wrote("in:3")
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
-    assert bench.record().window.id == "in:3"
-    assert bench.record().sent == []
+    assert outcomes(bench) == [("c1", "accepted", "")]
+    assert (bench.record().window.id, bench.record().sent) == ("in:3", [])
 
 
-@pytest.mark.parametrize("fields", [{}, {"window": "of another form"}], ids=["with more in it", "of another form"])
-async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[str, object]) -> None:
+@pytest.mark.parametrize("fields", [{}, {"sealed": 3}], ids=["with more in it", "of another form"])
+async def test_a_record_of_a_newer_version_holds_its_own_person_only(fields: dict[str, object]) -> None:
     """In the middle of an upgrade: a newer replica has handed its shard to this one."""
     bench, shard = await ready()
-    (entry,) = bench.conversation_bucket.entries.values()
+    (entry,) = bench.person_bucket.entries.values()
     text = made_newer(entry.value or b"", **fields)
-    bench.conversation_bucket.put(KEY, text)
+    bench.person_bucket.put(KEY, text)
     await bench.bind(bot=AGAIN, user="u2@im.wechat")
     bench.hears(user="u2@im.wechat", bot=AGAIN)
     with capture_logs() as logs:
@@ -174,9 +107,9 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
         await bench.bind(token="another")
         await asyncio.sleep(60)
     assert bench.chat.texts == ["goes on"]
-    assert bench.conversation_bucket.entries[KEY].value == text
-    said = [(line["event"], line["sandbox"]) for line in logs if line["log_level"] in ("warning", "error")]
-    assert said == [("record.too_new", "s1")]
+    assert bench.person_bucket.entries[KEY].value == text
+    said = [line["event"] for line in logs if line["log_level"] in ("warning", "error")]
+    assert said == ["record.too_new", "person.unopenable"]
     assert type(writing.exception()).__name__ == "RecordTooNew"  # its poller tries again
 
     bench.hears()  # as if the newer replica had gone back
@@ -184,17 +117,15 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
     assert bench.chat.texts == ["goes on", "waits", "waits behind it"]
 
 
-async def test_a_record_whose_key_is_gone_costs_the_window_and_not_the_message() -> None:
+async def test_a_record_that_no_key_opens_is_neither_overwritten_nor_sent_by() -> None:
     """An operator took the old key away too early."""
     bench, _ = await ready()
+    before = bench.person_bucket.entries[KEY]
     successor = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
     with capture_logs() as logs:
         successor.shard().on_delivery(successor.command("hi", id="c1"))
         await asyncio.sleep(60)
-        assert outcomes(successor) == [("c1", "parked", "window_closed")]
-        await user_writes(successor)
-        await asyncio.sleep(60)
-    assert outcomes(successor) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
-    assert successor.record().window.opened_ms, "sealed with the key that is there"
-    assert [line["event"] for line in logs].count("conversation.unopenable") == 1
+    assert (outcomes(successor), successor.chat.sent) == ([], [])
+    assert successor.person_bucket.entries[KEY] == before
+    assert [line["event"] for line in logs].count("person.unopenable") == 1

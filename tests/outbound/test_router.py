@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from adapter.bridge import router as module
+from adapter.bridge.commands import copy_headers, identity_of
+from adapter.bridge.record import CommandRef
+from adapter.bridge.router import Router
 from adapter.contract.messages import Outbound
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEALED, UNROUTED
 from adapter.errors import BusRefused
-from adapter.outbound import router as module
-from adapter.outbound.commands import copy_headers, identity_of
-from adapter.outbound.record import CommandRef
-from adapter.outbound.router import Router
 from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, PubAck, StoredMessage
 from adapter.security.seal import Sealer

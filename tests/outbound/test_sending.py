@@ -17,7 +17,6 @@ from tests.outbound.shards import (
     STALE,
     THROTTLED,
     TIMEOUT,
-    USER,
     finals,
     outcomes,
     parked,
@@ -131,14 +130,14 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     assert outcomes(bench) == []
     assert bench.polled_now == [BOT]  # the poller has the say
     bench.stale.add(BOT)
-    bench.replica.sessions.changed.notify_all()
+    bench.replica.parts.sessions.changed.notify_all()
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "parked", "needs_login"), ("c2", "refused", "needs_login")]
     assert bench.bus.receipts()[0].errcode == -14
     await asyncio.sleep(300)
     assert bench.chat.texts == ["hi"]
     bench.stale.clear()
-    shard.on_binding("s1", BOT, {USER})
+    shard.on_binding(None, bench.bindings.get(BOT))
     await asyncio.sleep(5)
     assert (bench.chat.texts, outcomes(bench)[-1]) == (["hi", "hi"], ("c1", "accepted", ""))
 
@@ -162,7 +161,7 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
             bench.stale.add(BOT)
         else:
             bench.polled_at[BOT] = bench.clock.monotonic()
-        bench.replica.sessions.changed.notify_all()
+        bench.replica.parts.sessions.changed.notify_all()
         await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", *outcome)]
     assert set(bench.chat.notified) == {True}
@@ -182,20 +181,6 @@ async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> No
     assert [sent.bot for sent in bench.chat.sent] == ["b9@im.bot"]
 
 
-async def test_a_newer_token_of_a_message_to_another_bot_is_none_of_this_one() -> None:
-    """The former bot's poller gets the message once more, after the user has a new bot."""
-    bench, shard = await ready()
-    await bench.wrote("in:2")
-    conversation = await shard.conversation("s1", USER)
-    conversation.on_repeat("in:2", BOT, "newer")
-    assert conversation.record.token == "newer"
-    await bench.bind(bot="b2@im.bot")
-    await bench.bindings.remove(BOT)
-    assert (conversation.record.bot, conversation.record.token) == ("b2@im.bot", "")
-    conversation.on_repeat("in:2", BOT, "newest")
-    assert conversation.record.token == ""
-
-
 async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
@@ -207,7 +192,7 @@ async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent()
     )
     await asyncio.sleep(10)
     bench.stale.add(BOT)
-    bench.replica.sessions.changed.notify_all()
+    bench.replica.parts.sessions.changed.notify_all()
     await asyncio.sleep(10)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "needs_login", ["1"])

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
+from adapter.bridge.sessions import BotSession, BotSessions, Successes
 from adapter.errors import SessionExpired, Temporary
-from adapter.outbound.sessions import BotSession, BotSessions, Successes
 from adapter.ports import Account
 from tests.capture import Capture
 from tests.fakes import Bench, ready

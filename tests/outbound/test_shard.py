@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any
 
 import msgspec
 import pytest
 
+from adapter.bridge.commands import copy_headers
+from adapter.bridge.partition import Partition
+from adapter.bridge.receipts import DEAD_LETTERS
+from adapter.bridge.record import CommandRef
 from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary, Throttled, Uncertain
-from adapter.outbound.commands import copy_headers
-from adapter.outbound.receipts import DEAD_LETTERS
-from adapter.outbound.record import CommandRef
-from adapter.outbound.shard import Shard
 from adapter.ports import BusMessage
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
@@ -108,7 +107,7 @@ async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
 
 async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     bench, shard = await ready()
-    bench.conversation_bucket.on_write = Failing(9, RuntimeError("a bug"))
+    bench.person_bucket.on_write = Failing(9, RuntimeError("a bug"))
     shard.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1", "b3": "1"}))
     await asyncio.sleep(60)
     (dead,) = bench.bus.found("DEAD")
@@ -349,28 +348,11 @@ async def test_two_bots_of_one_user_need_no_name() -> None:
     """As while a new bot of the user takes the place of the one before."""
     bench, shard = await ready()
     await bench.bind(bot=B2)
+    await bench.wrote("in:2", bot=B2)
     shard.on_delivery(bench.command("hi", id="c1"))
     shard.on_delivery(bench.command("hi", id="c2", user=USER))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
-
-
-async def test_many_commands_for_nobody_are_looked_for_by_one_read_of_their_sandbox(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shard, reads, listed = bench.shard(), list[str](), bench.conversation_bucket.list_prefix
-
-    async def slow(first: str = "") -> Any:
-        reads.append(first)
-        await asyncio.sleep(0.02)
-        return await listed(first)
-
-    monkeypatch.setattr(bench.conversation_bucket, "list_prefix", slow)
-    for number in range(100):
-        shard.on_delivery(bench.command("hi", id=f"c{number}", redelivered=True))
-    await asyncio.sleep(30)
-    assert sorted(outcomes(bench)) == sorted((f"c{number}", "refused", "not_bound") for number in range(100))
-    assert 1 <= len(reads) <= 2
 
 
 async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() -> None:
@@ -401,7 +383,7 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
 B2, USER2 = "b2@im.bot", "u2@im.wechat"
 
 
-async def next_person(*, keeps_first: bool = False) -> tuple[Bench, Shard]:
+async def next_person(*, keeps_first: bool = False) -> tuple[Bench, Partition]:
     """The sandbox served USER by BOT, and by an older bot of theirs; now it serves USER2. Another one serves u9."""
     bench = Bench()
     for bot in ("b0@im.bot", BOT):

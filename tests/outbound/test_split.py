@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outbound.texts import split
+from adapter.bridge.texts import split
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from adapter.bridge.partition import Partition
+from adapter.bridge.typing_indicator import RENEW_S
 from adapter.contract.messages import Options
 from adapter.errors import Refused, SessionExpired, Temporary
-from adapter.outbound.shard import Shard
-from adapter.outbound.typing_indicator import RENEW_S
 from tests.fakes import Bench
 from tests.outbound.shards import BOT, outcomes, parked, user_writes
 
@@ -21,7 +21,7 @@ NO_TICKET = Refused("typing", "iLink answered -4", ret=-4, errmsg="GetTypingTick
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 
 
-async def ready(*, auto: bool = False) -> tuple[Bench, Shard]:
+async def ready(*, auto: bool = False) -> tuple[Bench, Partition]:
     """One bound user with an open window."""
     bench = Bench()
     await bench.bind(options=Options(auto_typing=auto))
@@ -33,7 +33,7 @@ def shown(bench: Bench) -> list[bool]:
     return [call.on for call in bench.chat.typing]
 
 
-async def showing() -> tuple[Bench, Shard]:
+async def showing() -> tuple[Bench, Partition]:
     """One bound user who is shown typing."""
     bench, shard = await ready()
     shard.on_delivery(bench.command(typing="on"))

@@ -9,11 +9,11 @@ from collections import deque
 
 import pytest
 
+from adapter.bridge.partition import Partition
+from adapter.bridge.receipts import Address
+from adapter.bridge.sending import CommandResult
 from adapter.contract.messages import Window
 from adapter.errors import AdapterError, Temporary, Uncertain
-from adapter.outbound.receipts import Address
-from adapter.outbound.sending import CommandResult
-from adapter.outbound.shard import Shard
 from tests.fakes import Bench
 from tests.fakes.ilink import BASE_URL, Sent
 from tests.outbound.shards import FIRST, THROTTLED, TIMEOUT, USER, finals, ready, user_writes
@@ -28,7 +28,7 @@ AWAY = Temporary("network")
 
 async def silent(
     answer: AdapterError = TIMEOUT, *, base_url: str = "", is_asked_in_vain: bool = True
-) -> tuple[Bench, Shard]:
+) -> tuple[Bench, Partition]:
     """A user whose request has had no answer right now, and another one. `base_url`: of the other's bot.
     `is_asked_in_vain`: iLink does not answer `notifystart` either."""
     bench, shard = await ready()
@@ -41,7 +41,7 @@ async def silent(
     return bench, shard
 
 
-async def another_is_sent(bench: Bench, shard: Shard) -> None:
+async def another_is_sent(bench: Bench, shard: Partition) -> None:
     shard.on_delivery(bench.command("for another", user=OTHER))
     await asyncio.sleep(1)
 
@@ -137,13 +137,13 @@ async def test_the_receipt_is_asked_for_right_before_a_repeat(is_taken: bool) ->
         await another_is_sent(bench, shard)
         await asyncio.sleep(3)
         assert posted_at(bench) == [0, 3]
-    (command,) = (each.queue[0] for each in shard if each.user == USER)
+    (command,) = (each.sender.queue[0] for each in shard if each.user == USER)
     await bench.receipts.publish(command.ref, CommandResult("accepted"), Address("s1", user=USER), Window(), "")
     posted = len(posted_at(bench))
     await another_is_sent(bench, shard)
     await asyncio.sleep(400)
     assert len(posted_at(bench)) == posted
-    assert not any(each.queue for each in shard)
+    assert not any(each.sender.queue for each in shard)
 
 
 async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is_answered() -> None:
@@ -220,7 +220,7 @@ class Outage:
             self._bench.chat.notify_fails = None
 
 
-async def people(count: int) -> tuple[Bench, Shard]:
+async def people(count: int) -> tuple[Bench, Partition]:
     bench, shard = await ready()
     for number in range(2, count + 1):
         user, bot = f"u{number}@im.wechat", f"b{number}@im.bot"
@@ -262,7 +262,10 @@ async def test_a_tenth_of_sends_lost_under_load_holds_nobody_for_long() -> None:
     behind = {command.partition(".")[0] for command, outcome in ended.items() if outcome == "uncertain"}
     # the id of a user has a dot, so the users are compared by their beginnings
     waiting = {
-        one.delivery.seq for each in shard for one in each.queue if not each.user.startswith(tuple(behind) or " ")
+        one.delivery.seq
+        for each in shard
+        for one in each.sender.queue
+        if not each.user.startswith(tuple(behind) or " ")
     }
     assert waiting == set()
     await asyncio.sleep(120)

@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 
+from adapter.bridge.commands import MediaPart
+from adapter.bridge.uploads import StoreAway
 from adapter.errors import Refused, Temporary, Unreadable
-from adapter.outbound.commands import MediaPart
-from adapter.outbound.uploads import StoreAway
 from adapter.ports import Account
 from adapter.replica.wiring import TRANSFERS_PER_SANDBOX
 from tests.fakes import MEDIA_BYTES, Bench, Carried

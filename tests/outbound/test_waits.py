@@ -25,10 +25,10 @@ async def test_what_waits_for_a_record_that_only_a_newer_replica_can_read_expire
 
 async def test_what_waits_for_a_record_that_cannot_be_read_expires() -> None:
     bench, shard = await ready(is_open=False)
-    bench.conversation_bucket.unreadable = 10**6
+    bench.person_bucket.unreadable = 10**6
     shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(120)
-    bench.conversation_bucket.unreadable = 0
+    bench.person_bucket.unreadable = 0
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "refused", "expired")]
 
@@ -46,7 +46,7 @@ async def test_what_waits_for_an_unknown_user_expires_after_the_longest_time(ben
     await asyncio.sleep(1)
     assert sorted(outcomes(bench)[-3:]) == [(f"c{number}", "refused", "expired") for number in (1, 2, 3)]
     assert bench.chat.texts == []
-    assert not bench.conversation_bucket.entries
+    assert not bench.person_bucket.entries
 
 
 async def test_what_waits_for_a_login_expires_and_delays_no_other_user(bench: Bench) -> None:
@@ -73,10 +73,10 @@ async def test_a_command_is_not_overtaken_while_its_user_is_looked_up() -> None:
     second = Bench(world=bench)
     shard.stop()
     shard = second.shard()
-    second.conversation_bucket.unreadable = 2
+    second.person_bucket.unreadable = 2
     shard.on_delivery(second.command("first"))
     await asyncio.sleep(0.05)
-    second.conversation_bucket.unreadable = 0
+    second.person_bucket.unreadable = 0
     await second.wrote("in:9")
     shard.on_delivery(second.command("second"))
     await asyncio.sleep(60)
@@ -90,7 +90,7 @@ async def test_users_who_do_not_exist_leave_nothing_in_memory() -> None:
     await asyncio.sleep(60)
     assert {(one.outcome, one.reason) for one in finals(bench)} == {("refused", "not_bound")}
     assert len(finals(bench)) == 2000
-    assert not bench.conversation_bucket.entries
+    assert not bench.person_bucket.entries
     assert list(shard) == []
     assert shard.tasks == 0
 
@@ -139,13 +139,13 @@ async def test_what_expires_while_its_send_cannot_be_stored_is_not_sent() -> Non
 async def test_what_expires_behind_a_command_delays_it_not() -> None:
     """While the record is written, the clock goes on, and short-lived commands come and go."""
     bench, shard = await ready()
-    update = bench.conversation_bucket.update
+    update = bench.person_bucket.update
 
     async def slow(*args: Any, **options: Any) -> int:
         await asyncio.sleep(0.005)
         return await update(*args, **options)
 
-    bench.conversation_bucket.update = slow  # type: ignore[method-assign]
+    bench.person_bucket.update = slow  # type: ignore[method-assign]
     shard.on_delivery(bench.command("the answer"))
     for _ in range(10):
         shard.on_delivery(bench.command("a note", expires_in_s=0.001))

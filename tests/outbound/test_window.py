@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
+from adapter.bridge import window
+from adapter.bridge.record import PersonState, SendProgress, SendWindow
+from adapter.bridge.window import CLOCK_ERROR_MS, SENT_KEPT, InboundReceived, WindowPolicy
 from adapter.contract.messages import Window
-from adapter.outbound import window
-from adapter.outbound.record import ConversationRecord, SendProgress, SendWindow
-from adapter.outbound.window import CLOCK_ERROR_MS, SENT_KEPT, InboundReceived, WindowPolicy
 from tests.outbound.shards import rows
 
 HOUR_MS = 3_600_000
@@ -17,9 +17,9 @@ POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0)
 OPENED = 10_000_000
 
 
-def record(used: int = 0, *, token: str = "t", head: SendProgress | None = None, **fields: Any) -> ConversationRecord:
+def record(used: int = 0, *, token: str = "t", head: SendProgress | None = None, **fields: Any) -> PersonState:
     opened = SendWindow(**{"id": "in:1", "opened_ms": OPENED, "sends_used": used, **fields})
-    return ConversationRecord(token=token, bot="b1", window=opened, head=head)
+    return PersonState(token=token, bot="b1", window=opened, head=head)
 
 
 def progress(**fields: Any) -> SendProgress:
@@ -44,9 +44,7 @@ def progress(**fields: Any) -> SendProgress:
         "what needs none always goes": (record(3), OPENED, {"needed": 0}, ""),
     },
 )
-def test_a_send_fits_or_is_blocked(
-    known: ConversationRecord, now_ms: int, asked: dict[str, Any], blocker: str
-) -> None:
+def test_a_send_fits_or_is_blocked(known: PersonState, now_ms: int, asked: dict[str, Any], blocker: str) -> None:
     assert window.send_blocker(known, now_ms, POLICY, **asked) == blocker
 
 
@@ -66,7 +64,7 @@ def test_a_budget_of_none_is_not_counted() -> None:
     },
 )
 def test_a_window_is_shown_as_it_stands(
-    known: ConversationRecord, now_ms: int, policy: WindowPolicy, left: Window | int | None
+    known: PersonState, now_ms: int, policy: WindowPolicy, left: Window | int | None
 ) -> None:
     if left is None:
         left = Window(closes_at_ms=OPENED + HOUR_MS)
@@ -75,17 +73,17 @@ def test_a_window_is_shown_as_it_stands(
     assert window.visible_window(known, now_ms, policy) == left
 
 
-def receive(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
+def receive(known: PersonState, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
     in_flight = fields.pop("in_flight", 0)
-    given: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "sequence": 2, "received_ms": now_ms}
+    given: dict[str, Any] = {"token": "new", "written_ms": 0, "received_ms": now_ms}
     inbound = InboundReceived(message, **given | fields)
     after = window.open_window(known, inbound, now_ms, in_flight)
-    assert (after.token, after.bot) == (inbound.token or "t", "b2")
+    assert after.token == (inbound.token or "t")
     return after.window
 
 
 def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
-    assert receive(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 5)
+    assert receive(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", opened_ms=OPENED + 5)
     assert receive(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
     assert receive(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
     assert receive(record(3), now_ms=OPENED + 5, received_ms=None).opened_ms == OPENED + 5
@@ -93,33 +91,10 @@ def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
     assert receive(record(3), now_ms=OPENED + 5, received_ms=OPENED + 9).opened_ms == OPENED + 5
 
 
-@rows(
-    "message, sequence, now_as",
-    {
-        "a later one opens another": ("in:3", 3, ("in:3", "new", "b2", 3)),
-        "the one that opened it may have a newer token": ("in:2", 2, ("in:2", "new", "b2", 2)),
-        "an earlier one changes nothing": ("in:0", 1, ("in:2", "t", "b1", 2)),
-    },
-)
-def test_of_two_messages_the_later_one_counts(message: str, sequence: int, now_as: tuple[str, str, str, int]) -> None:
-    known = msgspec.structs.replace(record(3, id="in:2", sequence=2), inbox_seq=2)
-    after = window.open_window(known, InboundReceived(message, "new", "b2", 0, sequence), OPENED + 5, 0)
-    assert (after.window.id, after.token, after.bot, after.inbox_seq) == now_as
-    assert after.window.sends_used == (0 if message == "in:3" else 3)
-
-
-@rows(
-    "bots, after",
-    {
-        "the first": ([], ["b"]),
-        "the same again": (["a", "b"], ["a", "b"]),
-        "one of before is the latest": (["b", "a"], ["a", "b"]),
-        "no more than four": (["1", "2", "3", "4"], ["2", "3", "4", "b"]),
-    },
-)
-def test_the_latest_bots_of_a_user_are_known(bots: list[str], after: list[str]) -> None:
-    known = msgspec.structs.replace(record(), bots=bots)
-    assert window.open_window(known, InboundReceived("in:2", "t", "b", 0, 2), OPENED, 0).bots == after
+def test_a_newer_token_of_the_message_that_opened_the_window_opens_no_other() -> None:
+    known = record(3, id="in:2")
+    after = window.open_window(known, InboundReceived("in:2", "new", 0), OPENED + 5, 0)
+    assert (after.window, after.token) == (known.window, "new")
 
 
 def test_a_send_after_the_message_was_written_counts_against_it() -> None:
@@ -135,12 +110,14 @@ def test_a_clock_that_is_wrong_counts_nothing() -> None:
     known = record(1, sent_at_ms=[OPENED], throttled_at_ms=OPENED)
     edge = OPENED + CLOCK_ERROR_MS
     assert receive(known, now_ms=edge, written_ms=OPENED).sends_used == 1
-    assert receive(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", sequence=2, opened_ms=edge + 1)
+    assert receive(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(
+        id="in:2", written_ms=OPENED, opened_ms=edge + 1
+    )
     before = OPENED - CLOCK_ERROR_MS
     assert receive(known, now_ms=before, written_ms=before).sends_used == 1
     assert receive(known, now_ms=before, written_ms=before).throttled_at_ms == OPENED
     assert receive(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(
-        id="in:2", sequence=2, opened_ms=before - 1
+        id="in:2", written_ms=before - 1, opened_ms=before - 1
     )
 
 
@@ -176,9 +153,7 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
-    opened = msgspec.structs.replace(
-        again, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
-    )
+    opened = msgspec.structs.replace(again, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
     anew = window.record_attempt(opened, again.head, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
     answered = progress(attempts=2, part=1, counted_in_window="in:1", was_reset=True)
@@ -217,9 +192,7 @@ def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
     unknown = window.record_throttled(record(), once.head, OPENED + 9)
     assert unknown.window.throttled_at_ms == OPENED + 9
 
-    opened = msgspec.structs.replace(
-        once, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
-    )
+    opened = msgspec.structs.replace(once, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
     found = window.record_throttled(opened, once.head, OPENED + 9)
     assert (found.window.throttled_at_ms, found.window.sends_used) == (0, 0)
 

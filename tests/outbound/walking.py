@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 import structlog
 
+from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
-from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, Names, shard_of
+from adapter.contract.names import H_MSG_ID, H_SEALED, Names, shard_of
 from adapter.errors import Temporary, Uncertain
-from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
@@ -154,7 +154,19 @@ class Owner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._look_after_shard()
         self._seen = 0
+        self._is_open = False
         self._old_to = max((stored.seq for stored in walk.world.bus.found("OUT")), default=0)
+        self.spawn(self._open())
+
+    async def _open(self) -> None:
+        """As before the consumers start: what comes again may belong to whom a record names."""
+        while True:
+            try:
+                await self.shard.open()
+                break
+            except Temporary:
+                await asyncio.sleep(0.2)
+        self._is_open = True
         self.deliver()
 
     def _look_after_shard(self) -> None:
@@ -165,7 +177,7 @@ class Owner:
 
     def deliver(self, *, again: bool = False) -> None:
         """What the consumers bring: what they have not brought yet, or all that is not acknowledged."""
-        if not self.life.is_going:
+        if not (self.life.is_going and self._is_open):
             return
         for stored in self._walk.world.bus.found("OUT"):
             if stored.seq > self._seen or again:
@@ -189,11 +201,11 @@ class Owner:
         else:
             self.bench.deliver(command)
 
-    async def hears(self, ident: str, bot: str, user: str, sequence: int) -> None:
+    async def hears(self, bot: str) -> None:
         """What its poller does once the message is in the inbox."""
         while self.bench.bindings.get(bot):
             try:
-                return await self.bench.wrote(ident, bot=bot, user=user, sequence=sequence)
+                return await (await self.bench.person(bot)).look()
             except Temporary:
                 await asyncio.sleep(1)
 
@@ -311,12 +323,14 @@ class Walk:
         self.numbers += 1
         self.wrote[user].append(len(self.phone.sent))
         now_ms, ident = self.world.clock.now_ms(), f"in:{self.numbers}"
-        head = {"id": ident, "user": user, "sent_at_ms": now_ms, "received_at_ms": now_ms}
-        sealed = seal(self.world.sealer, f"{SANDBOX}.{ident}", bot, SANDBOX, Sealed("AARz"))
-        headers = {H_MSG_ID: f"{SANDBOX}.{ident}", H_BOT: bot, H_SEALED: sealed}
-        seq = self.world.bus.put(self.world.names.inbox(SANDBOX), msgspec.json.encode(head), headers)
+        binding = self.world.bindings.get(bot)
+        if binding is None:
+            return
+        subject = self.world.names.inbox(SANDBOX, binding.person)
+        entry = Entry(since=binding.since, user=user, bot=bot, window=OpenedWindow(ident, now_ms, now_ms))
+        self.world.bus.put(subject, encode_entry(entry, Secrets("AARz"), subject, self.world.sealer), {})
         if owner := self.owner:
-            owner.spawn(owner.hears(ident, bot, user, seq))
+            owner.spawn(owner.hears(bot))
 
 
 # steps ---------------------------------------------------------------------------------------------------
@@ -373,7 +387,11 @@ def bind(bot: str = BOT, user: str = USER, *, is_new: bool = False) -> Step:
     async def step(walk: Walk) -> None:
         after = await walk.world.bus.last_sequence("WECHAT_OUT") if is_new else 0
         walk.numbers += 1
-        await walk.world.bind(SANDBOX, bot, user, token=f"{bot}:{walk.numbers}", out_after=after)
+        known = [each for each in walk.world.bindings.of_sandbox(SANDBOX) if user and each.user == user]
+        since = known[0].since if known else walk.numbers
+        fields = {"token": f"{bot}:{walk.numbers}", "out_after": after, "since": since, "bound": walk.numbers + 100}
+        await walk.world.bind(SANDBOX, bot, user, **fields)
+        walk.closed_at.pop(bot, None)
         walk.phone.notify_fails, walk.phone.poll_is_stale = None, False
         if walk.owner:
             walk.owner.bench.stale.discard(bot)
@@ -385,18 +403,14 @@ def bind(bot: str = BOT, user: str = USER, *, is_new: bool = False) -> Step:
 
 
 def unbind(bot: str = BOT) -> Step:
-    return lambda walk: walk.world.bindings.remove(bot)
-
-
-def close(bot: str = BOT) -> Step:
-    """The unbind that leaves nobody: ends once the owner has said that nothing more comes of the binding."""
+    """The binding closes, and goes once its owner has said that nothing more comes of it."""
 
     async def step(walk: Walk) -> None:
         bindings = walk.world.bindings
         await bindings.update(bot, lambda now: msgspec.structs.replace(now, closing=1))
         await bindings.changed.wait_until(lambda: all(one.closed for one in bindings if one.bot == bot))
         walk.closed_at[bot] = walk.world.clock.monotonic()
-        await unbind(bot)(walk)
+        await bindings.remove(bot)
 
     return step
 
@@ -432,7 +446,7 @@ def slow_store(seconds: float) -> Step:
     """How long each write of a record takes from now on."""
 
     async def step(walk: Walk) -> None:
-        walk.world.conversation_bucket.on_write = lambda _: asyncio.sleep(seconds)
+        walk.world.person_bucket.on_write = lambda _: asyncio.sleep(seconds)
 
     return step
 

@@ -1,4 +1,4 @@
-"""An erasure that is cut, that meets owners who are not done, and that must not take a checkpoint in use."""
+"""An erasure that is cut, that meets owners who are not done, and that must not take a poll in use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from adapter.bridge.entries import encode_end
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, to_subject_token
-from adapter.contract.records import CheckpointRecord
+from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, person_token, to_subject_token
+from adapter.contract.records import PollRecord
 from adapter.errors import Temporary
 from adapter.services.erasure import Erasure
 from tests.fakes import Bench
@@ -19,11 +20,21 @@ VIRTUAL_TIME = True
 USER, BOT = "u1@im.wechat", "b1@im.bot"
 
 
-CHECKPOINT = msgspec.json.encode(CheckpointRecord(owner="me-2", sealed=b"sealed"))
+POLL = msgspec.json.encode(PollRecord(owner="me-2"))
 
 
-def checkpoint_of(names: Names, bot: str) -> str:
-    return f"$KV.{names.checkpoints}.{to_subject_token(bot)}"
+def poll_of(names: Names, bot: str) -> str:
+    return f"$KV.{names.polls}.{to_subject_token(bot)}"
+
+
+def record_of(names: Names, sandbox: str, name: str) -> str:
+    return f"$KV.{names.persons}.{sandbox}.{person_token(sandbox, name)}"
+
+
+def entry(user: str, bot: str, *bots: str) -> bytes:
+    """One whose messages these bots have brought."""
+    messages = [{"bot": each, "sandbox": "s1", "text": "words"} for each in bots or (bot,)]
+    return msgspec.json.encode({"v": 1, "since": 1, "user": user, "bot": bot, "messages": messages})
 
 
 class Place:
@@ -34,12 +45,13 @@ class Place:
         names = bench.names
         for user, bot in ((USER, BOT), ("u2@im.wechat", "b2@im.bot")):
             about = msgspec.json.encode({"user": user, "bot": bot, "sandbox": "s1", "command": f"c-{user}"})
-            bench.bus.put(names.inbox("s1"), about, {})
+            bench.bus.put(names.inbox("s1", person_token("s1", user)), entry(user, bot), {})
+            bench.bus.put(record_of(names, "s1", user), msgspec.json.encode({"v": 1, "user": user}), {})
             bench.bus.put(names.receipt("s1", f"c-{user}", 1), about, {})
             bench.bus.put(names.event("s1", "binding"), msgspec.json.encode({"bot": bot, "sandbox": "s1"}), {})
             bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
             bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", {H_USER: user, H_SANDBOX: "s1"})
-            bench.bus.put(checkpoint_of(names, bot), CHECKPOINT, {})
+            bench.bus.put(poll_of(names, bot), POLL, {})
 
         async def is_released(_: str) -> bool:
             return not polled
@@ -55,15 +67,15 @@ class Place:
         return sum(not kept.stored.subject.endswith(".erased") for kept in self.bench.bus.kept)
 
 
-ALL = {"message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "checkpoint": 1}
+ALL = {"person": 1, "message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "poll": 1}
 
 
 async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
     place = Place()
     answer = await place.erase()
     assert (answer.ok, answer.counts, answer.left) == (True, ALL, {})
-    assert place.kept == 6
-    assert len(place.bench.bus.erased) == 6
+    assert place.kept == 7
+    assert len(place.bench.bus.erased) == 7
 
 
 async def test_bots_whose_users_are_not_known_are_said() -> None:
@@ -84,7 +96,7 @@ async def test_a_sealed_dead_letter_is_theirs_by_the_user_that_it_names() -> Non
         headers = {H_MSG_ID: "dead:b9@im.bot:x", H_SANDBOX: "s1", H_USER: user}
         place.bench.bus.put(place.bench.names.dead_letters("WECHAT_IN"), sealed, headers)
     answer = await place.erase()
-    assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 7)
+    assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 8)
 
 
 @pytest.mark.parametrize("done", [0, 3, 5])
@@ -98,18 +110,18 @@ async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     place.bench.bus.on_delete = fail_after_some
     with pytest.raises(Temporary):
         await place.erase()
-    assert place.kept == 12 - done
+    assert place.kept == 14 - done
     place.bench.bus.on_delete = None
     assert (await place.erase()).ok
-    assert place.kept == 6
+    assert place.kept == 7
 
 
 async def test_nothing_goes_while_a_replica_polls_the_bot() -> None:
-    """Without what names the bot its checkpoint would not be found by the next run."""
+    """Without what names the bot its poll would not be found by the next run."""
     place = Place(polled=True)
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
-    assert place.kept == 12
+    assert place.kept == 14
 
 
 @pytest.mark.parametrize("writes", ["command", "receipt"])
@@ -127,13 +139,13 @@ async def test_a_sandbox_that_goes_on_naming_the_person_keeps_no_erasure_incompl
     assert (answer.ok, answer.left) == (True, {})
 
 
-async def test_a_bot_that_was_bound_again_keeps_its_checkpoint() -> None:
-    """A poller whose checkpoint is deleted loses its place, and stops."""
+async def test_a_bot_that_was_bound_again_keeps_its_poll() -> None:
+    """Two replicas would poll it."""
     place = Place()
     await place.bench.bind(bot=BOT, user="u3@im.wechat")
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
-    assert place.kept == 12
+    assert place.kept == 14
 
 
 @pytest.mark.parametrize(
@@ -141,35 +153,51 @@ async def test_a_bot_that_was_bound_again_keeps_its_checkpoint() -> None:
     [
         lambda names: names.receipt("s3", "r1", 1),
         lambda names: names.out("s3"),
-        lambda names: f"$KV.{names.conversations}.s3.{to_subject_token(USER)}",
     ],
-    ids=["receipt", "command", "conversation"],
+    ids=["receipt", "command"],
 )
 async def test_a_sandbox_that_names_the_bot_of_another_person_erases_nothing_of_theirs(
     place_of: Callable[[Names], str],
 ) -> None:
     """It chooses the user and the bot of its commands, and so those of all that the adapter stores about them."""
     place = Place()
-    about: dict[str, object] = {"user": USER, "bot": "b2@im.bot", "sandbox": "s3", "command": "r1"}
-    if ".out." in place_of(place.bench.names):
-        about |= {"bots": ["b2@im.bot"]}  # the command as it was written
+    about = {"user": USER, "bot": "b2@im.bot", "sandbox": "s3", "command": "r1"}
     place.bench.bus.put(place_of(place.bench.names), msgspec.json.encode(about), {})
     answer = await place.erase()
     assert (answer.ok, answer.left) == (True, {})
     assert sum(answer.counts.values()) == sum(ALL.values()) + 1
-    assert place.kept == 6
+    assert place.kept == 7
 
 
-async def test_the_bots_that_brought_a_conversations_messages_are_theirs() -> None:
-    """Their messages may have expired before their checkpoint."""
+async def test_the_bots_that_brought_a_persons_messages_are_theirs() -> None:
+    """An entry has those of a former bot, too."""
     place = Place()
     names = place.bench.names
-    about = {"bot": BOT, "bots": ["b4@im.bot"]}
-    place.bench.bus.put(
-        f"$KV.{names.conversations}.s1.{to_subject_token(USER)}", msgspec.json.encode(about | {"unserved": True}), {}
-    )
-    place.bench.bus.put(checkpoint_of(names, "b4@im.bot"), CHECKPOINT, {})
-    assert (await place.erase()).counts == ALL | {"conversation": 1, "checkpoint": 2}
+    subject = names.inbox("s1", person_token("s1", USER))
+    place.bench.bus.put(subject, entry(USER, BOT, "b4@im.bot", BOT), {})
+    place.bench.bus.put(poll_of(names, "b4@im.bot"), POLL, {})
+    assert (await place.erase()).counts == ALL | {"message": 2, "poll": 2}
+
+
+async def test_the_end_of_a_persons_time_stays_since_it_names_nobody() -> None:
+    """Late writes meet it."""
+    place = Place()
+    place.bench.bus.put(place.bench.names.inbox("s1", person_token("s1", USER)), encode_end(1, erased=True), {})
+    answer = await place.erase()
+    assert (answer.ok, answer.counts, place.kept) == (True, ALL, 7 + 1)
+
+
+async def test_what_was_stored_before_the_bots_user_was_known_is_theirs() -> None:
+    """The bot's name is that of the person then."""
+    place = Place()
+    names = place.bench.names
+    binding = {"user": USER, "bot": "b5@im.bot", "sandbox": "s1"}
+    place.bench.bus.put(f"$KV.{names.bindings}.b5", msgspec.json.encode(binding), {})
+    for bot in ("b5@im.bot", "b6@im.bot"):
+        place.bench.bus.put(names.inbox("s1", person_token("s1", bot)), entry("", bot), {})
+        place.bench.bus.put(record_of(names, "s1", bot), msgspec.json.encode({"v": 1, "user": ""}), {})
+    answer = await place.erase()
+    assert (answer.ok, answer.counts, place.kept) == (True, ALL | {"person": 2, "message": 2}, 7 + 3)
 
 
 async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
@@ -178,5 +206,5 @@ async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
     binding = msgspec.json.encode({"user": "u3@im.wechat", "bot": BOT, "sandbox": "s1"})
     place.bench.bus.put(f"$KV.{names.bindings}.{to_subject_token(BOT)}", binding, {})
     answer = await place.erase()
-    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "checkpoint"})
-    assert place.kept == 6 + 1 + 1
+    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "poll"})
+    assert place.kept == 7 + 1 + 1

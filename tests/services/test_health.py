@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from adapter.bridge.poller import State
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
-from adapter.inbound.poller import State
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.services.health import FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench
@@ -44,7 +44,7 @@ class Replicas(OtherReplicas):
 
 
 async def described(bench: Bench, replicas: Replicas) -> list[BindingInfo]:
-    return await BotHealth(replicas, bench.store, WINDOW, bench.clock).describe(list(bench.bindings))
+    return await BotHealth(replicas, bench.persons, WINDOW, bench.clock).describe(list(bench.bindings))
 
 
 @pytest.mark.parametrize(

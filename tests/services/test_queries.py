@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import BindingsPage, ReplayPage, Window
+from adapter.contract.names import person_token
 from adapter.errors import Refused, Temporary
 from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
 from adapter.ports import SandboxRequest
@@ -31,7 +32,7 @@ class Nobody(OtherReplicas):
 
 
 def queries(bench: Bench) -> Queries:
-    health = BotHealth(Nobody(), bench.store, WINDOW, bench.clock)
+    health = BotHealth(Nobody(), bench.persons, WINDOW, bench.clock)
     return Queries(bench.bindings, health, bench.receipts, bench.bus, bench.names, bench.metrics)
 
 
@@ -110,8 +111,8 @@ REFUSED: list[tuple[str, str, bytes, str]] = [
     ("list-nested-without-end", "list_bindings", b'{"bot":' + b"[" * 5000, "invalid"),
     ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
     ("replay-with-a-line-end", "replay", ask(sandbox="s1\n"), "invalid"),
-    ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
-    ("replay-after-no-sequence", "replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
+    ("replay-after-a-number", "replay", ask(sandbox="s1", after=17), "invalid"),
+    ("replay-after-no-position", "replay", ask(sandbox="s1", after=f"{2**64 - 1}.0"), "invalid"),
     ("replay-since-nanoseconds", "replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),
 ]
 
@@ -202,10 +203,13 @@ async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
 
 
 def fill(bench: Bench, count: int, size: int = 10) -> None:
-    for number in range(count):
+    """Two in each entry, of two persons by turns."""
+    for first in range(0, count, 2):
         for sandbox in ("s1", "s2"):
-            payload = msgspec.json.encode({"n": number, "text": "x" * size})
-            bench.bus.put(bench.names.inbox(sandbox), payload, {})
+            numbers = range(first, min(first + 2, count))
+            messages = [{"n": number, "text": "x" * size} for number in numbers]
+            subject = bench.names.inbox(sandbox, person_token(sandbox, f"u{first // 2 % 2}"))
+            bench.bus.put(subject, msgspec.json.encode({"since": 1, "messages": messages}), {})
 
 
 async def replayed(bench: Bench, **body: Any) -> ReplayPage:
@@ -222,7 +226,19 @@ async def test_a_replay_is_the_sandboxs_own_in_pages_that_end(bench: Bench) -> N
     second = await replayed(bench, limit=10, after=first.next)
     third = await replayed(bench, limit=10, after=second.next)
     assert numbers(first) + numbers(second) + numbers(third) == list(range(25))
-    assert third.next == 0
+    assert third.next == ""
+    fourth = await replayed(bench, limit=10, after=third.messages[-1].position)
+    assert (fourth.messages, fourth.next) == ([], "")
+
+
+async def test_a_page_of_a_replay_may_end_within_an_entry(bench: Bench) -> None:
+    fill(bench, 7)
+    found, page = [], await replayed(bench, limit=3)
+    found += numbers(page)
+    while page.next:
+        page = await replayed(bench, limit=3, after=page.next)
+        found += numbers(page)
+    assert found == list(range(7))
 
 
 async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start(bench: Bench) -> None:

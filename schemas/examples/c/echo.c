@@ -33,8 +33,8 @@ static natsMsg *ask(natsConnection *nc, const char *verb, const char *sandbox, c
 
 /* Writes the number of bytes of an object, which may still be on their way from WeChat, or the sentence that says why
    there are none. A program that keeps the bytes compares them with the header Wechat-Sha256. */
-static void read_media(natsConnection *nc, const char *sandbox, double sequence, const char *object, char *words,
-                       size_t size)
+static void read_media(natsConnection *nc, const char *sandbox, const char *position, const char *object,
+                       char *words, size_t size)
 {
     long total = 0;
     double after = 0;
@@ -45,7 +45,7 @@ static void read_media(natsConnection *nc, const char *sandbox, double sequence,
         natsMsg *piece;
 
         cJSON_AddStringToObject(request, "object", object);
-        cJSON_AddNumberToObject(request, "sequence", sequence);
+        cJSON_AddStringToObject(request, "position", position);
         cJSON_AddNumberToObject(request, "wait_s", 10);
         cJSON_AddNumberToObject(request, "after", after);
         piece = ask(nc, "media.get", sandbox, request, &error);
@@ -63,7 +63,7 @@ static void read_media(natsConnection *nc, const char *sandbox, double sequence,
 }
 
 /* The command. Its id follows from what caused it; it names the user, since another may be bound by now. */
-static cJSON *answer(natsConnection *nc, const char *sandbox, double sequence, const cJSON *said)
+static cJSON *answer(natsConnection *nc, const char *sandbox, const char *position, const cJSON *said)
 {
     cJSON *command = cJSON_CreateObject();
     const char *text = text_of(said, "text");
@@ -83,7 +83,7 @@ static cJSON *answer(natsConnection *nc, const char *sandbox, double sequence, c
 
             snprintf(words + end, size - end, " %s", text_of(item, "kind"));
             if (*object != '\0') {
-                read_media(nc, sandbox, sequence, object, media, sizeof media);
+                read_media(nc, sandbox, position, object, media, sizeof media);
                 end = strlen(words);
                 snprintf(words + end, size - end, " (%s)", media);
             }
@@ -101,8 +101,8 @@ int main(int argc, char **argv)
     const char *sandbox = argc > 1 ? argv[1] : "s1", *error;
     natsConnection *nc;
     natsSubscription *bell = NULL;
-    double reader = 0, after = 0; /* the first request makes this program the sandbox's only reader */
-    char own[80], in[128], out[128];
+    double reader = 0; /* the first request makes this program the sandbox's only reader */
+    char own[80], in[128], out[128], after[64] = "";
 
     snprintf(own, sizeof own, "_INBOX_%s", sandbox); /* the only inboxes that a sandbox may be permitted */
     nc = connected(inbox_prefix(own));
@@ -118,8 +118,8 @@ int main(int argc, char **argv)
 
         if (reader > 0)
             cJSON_AddNumberToObject(request, "reader", reader);
-        if (after > 0)
-            cJSON_AddNumberToObject(request, "after", after);
+        if (*after != '\0')
+            cJSON_AddStringToObject(request, "after", after);
         msg = ask(nc, "next", sandbox, request, &error);
         if (error != NULL) {
             fprintf(stderr, "%s\n", error); /* such as: another program reads the sandbox now */
@@ -128,21 +128,21 @@ int main(int argc, char **argv)
         page = cJSON_ParseWithLength(natsMsg_GetData(msg), natsMsg_GetDataLength(msg));
         natsMsg_Destroy(msg);
         reader = number_of(page, "reader");
-        after = 0;
+        *after = '\0';
         cJSON_ArrayForEach(handed, cJSON_GetObjectItemCaseSensitive(page, "messages")) {
             const cJSON *said = cJSON_GetObjectItemCaseSensitive(handed, "message");
-            double sequence = number_of(handed, "sequence");
-            cJSON *command = answer(nc, sandbox, sequence, said);
+            const char *position = text_of(handed, "position");
+            cJSON *command = answer(nc, sandbox, position, said);
 
             store(nc, out, command, NULL);
             /* The next request confirms it. A crash before brings the message again, and the id keeps its answer single. */
-            after = sequence;
+            snprintf(after, sizeof after, "%s", position);
             printf("answered %s\n", text_of(said, "id"));
             fflush(stdout);
             cJSON_Delete(command);
         }
         cJSON_Delete(page);
-        if (after == 0) {
+        if (*after == '\0') {
             natsMsg *ring = NULL;
 
             natsSubscription_NextMsg(&ring, bell, 30000); /* a ring may get lost */

@@ -39,7 +39,7 @@ type outbound struct {
 type nextPage struct {
 	Reader   uint64 `json:"reader"`
 	Messages []struct {
-		Sequence uint64  `json:"sequence"`
+		Position string  `json:"position"`
 		Message  inbound `json:"message"`
 	} `json:"messages"`
 }
@@ -62,7 +62,7 @@ func echo(sandbox string) {
 	})
 	must(err)
 	fmt.Printf("echo agent of %s: ready\n", sandbox)
-	request := map[string]uint64{} // the first one makes this program the sandbox's only reader
+	request := map[string]any{} // the first one makes this program the sandbox's only reader
 	for {
 		answered, err := me.ask("next", request)
 		if err != nil {
@@ -70,11 +70,11 @@ func echo(sandbox string) {
 		}
 		var page nextPage
 		must(json.Unmarshal(answered.Data, &page))
-		request = map[string]uint64{"reader": page.Reader}
+		request = map[string]any{"reader": page.Reader}
 		for _, handed := range page.Messages {
-			store(me.nc, message("wechat.out."+sandbox, me.answer(handed.Sequence, handed.Message)))
+			store(me.nc, message("wechat.out."+sandbox, me.answer(handed.Position, handed.Message)))
 			// The next request confirms it. A crash before brings the message again, and the id keeps its answer single.
-			request["after"] = handed.Sequence
+			request["after"] = handed.Position
 			fmt.Println("answered", handed.Message.ID)
 		}
 		if len(page.Messages) == 0 {
@@ -87,23 +87,23 @@ func echo(sandbox string) {
 }
 
 // answer makes the command. Its id follows from what caused it; it names the user, since another may be bound by now.
-func (me agent) answer(sequence uint64, said inbound) outbound {
+func (me agent) answer(position string, said inbound) outbound {
 	text := "You said: " + said.Text
 	if said.Text == "" {
 		var items []string
 		for _, item := range said.Items {
-			items = append(items, me.described(sequence, item))
+			items = append(items, me.described(position, item))
 		}
 		text = "You sent: " + strings.Join(items, ", ")
 	}
 	return outbound{ID: me.sandbox + ".echo." + said.ID, User: said.User, Text: text, ReplyTo: said.ID}
 }
 
-func (me agent) described(sequence uint64, item item) string {
+func (me agent) described(position string, item item) string {
 	if item.Media == nil {
 		return item.Kind
 	}
-	data, err := me.read(sequence, item.Media.Object)
+	data, err := me.read(position, item.Media.Object)
 	if err != nil {
 		return fmt.Sprintf("%s (%v)", item.Kind, err)
 	}
@@ -111,10 +111,10 @@ func (me agent) described(sequence uint64, item item) string {
 }
 
 // read returns the bytes of an object, which may still be on their way from WeChat. The error says why there are none.
-func (me agent) read(sequence uint64, object string) ([]byte, error) {
+func (me agent) read(position string, object string) ([]byte, error) {
 	var data []byte
 	for after := 0; ; {
-		request := map[string]any{"object": object, "sequence": sequence, "wait_s": 10, "after": after}
+		request := map[string]any{"object": object, "position": position, "wait_s": 10, "after": after}
 		piece, err := me.ask("media.get", request)
 		if err != nil {
 			return nil, err

@@ -32,45 +32,45 @@ async def main(sandbox: str) -> None:
 
     await nc.subscribe(f"wechat.in.{sandbox}", cb=ring)
     print(f"echo agent of {sandbox}: ready", flush=True)
-    request: dict[str, int] = {}  # the first one makes this program the sandbox's only reader
+    request: dict[str, Any] = {}  # the first one makes this program the sandbox's only reader
     while True:
         rung.clear()
         page = json.loads((await ask(nc, f"next.{sandbox}", request)).data)
         request = {"reader": page["reader"]}
         for handed in page.get("messages", ()):
             said = handed["message"]
-            await store(nc, f"wechat.out.{sandbox}", await answer(nc, sandbox, handed["sequence"], said))
+            await store(nc, f"wechat.out.{sandbox}", await answer(nc, sandbox, handed["position"], said))
             # The next request confirms it. A crash before brings the message again; the id keeps its answer single.
-            request["after"] = handed["sequence"]
+            request["after"] = handed["position"]
             print(f"answered {said['id']}", flush=True)
         if "after" not in request:
             with contextlib.suppress(TimeoutError):  # a ring may get lost
                 await asyncio.wait_for(rung.wait(), 30)
 
 
-async def answer(nc: Client, sandbox: str, sequence: int, said: dict[str, Any]) -> dict[str, Any]:
+async def answer(nc: Client, sandbox: str, position: str, said: dict[str, Any]) -> dict[str, Any]:
     """The command. Its id follows from what caused it; it names the user, since another may be bound by now."""
     text = f"You said: {said['text']}"
     if not said["text"]:
-        text = "You sent: " + ", ".join([await described(nc, sandbox, sequence, item) for item in said["items"]])
+        text = "You sent: " + ", ".join([await described(nc, sandbox, position, item) for item in said["items"]])
     return {"id": f"{sandbox}.echo.{said['id']}", "user": said["user"], "text": text, "reply_to": said["id"]}
 
 
-async def described(nc: Client, sandbox: str, sequence: int, item: dict[str, Any]) -> str:
+async def described(nc: Client, sandbox: str, position: str, item: dict[str, Any]) -> str:
     if "media" not in item:
         return str(item["kind"])
     try:
-        data = await read(nc, sandbox, sequence, item["media"]["object"])
+        data = await read(nc, sandbox, position, item["media"]["object"])
     except RuntimeError as why:
         return f"{item['kind']} ({why})"
     return f"{item['kind']} ({len(data)} bytes)"
 
 
-async def read(nc: Client, sandbox: str, sequence: int, name: str) -> bytes:
+async def read(nc: Client, sandbox: str, position: str, name: str) -> bytes:
     """The bytes of an object, which may still be on their way from WeChat. Raises RuntimeError: there are none."""
     data, after = b"", 0
     while True:
-        request = {"object": name, "sequence": sequence, "wait_s": 10, "after": after}
+        request = {"object": name, "position": position, "wait_s": 10, "after": after}
         piece = await ask(nc, f"media.get.{sandbox}", request)
         headers = piece.headers or {}
         data += piece.data

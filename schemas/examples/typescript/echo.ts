@@ -26,11 +26,11 @@ async function serve(): Promise<never> {
     const rung = new Promise<void>((resolve) => (ring = resolve));
     const page = (await ask("next", request)).json<NextPage>();
     request = { reader: page.reader };
-    for (const { sequence, message } of page.messages ?? []) {
+    for (const { position, message } of page.messages ?? []) {
       const said = message as unknown as Inbound;
-      await store(nc, `wechat.out.${sandbox}`, await answer(sequence, said));
+      await store(nc, `wechat.out.${sandbox}`, await answer(position, said));
       // The next request confirms it. A crash before brings the message again, and the id keeps its answer single.
-      request.after = sequence;
+      request.after = position;
       console.log(`answered ${said.id}`);
     }
     if (request.after === undefined) {
@@ -40,28 +40,28 @@ async function serve(): Promise<never> {
 }
 
 /** The command. Its id follows from what caused it; it names the user, since another may be bound by now. */
-async function answer(sequence: number, said: Inbound): Promise<Outbound & { id: string }> {
-  const items = said.text ? [] : await Promise.all(said.items.map((item) => described(sequence, item)));
+async function answer(position: string, said: Inbound): Promise<Outbound & { id: string }> {
+  const items = said.text ? [] : await Promise.all(said.items.map((item) => described(position, item)));
   const text = said.text ? `You said: ${said.text}` : `You sent: ${items.join(", ")}`;
   return { id: `${sandbox}.echo.${said.id}`, user: said.user, text, reply_to: said.id };
 }
 
-async function described(sequence: number, item: Inbound["items"][number]): Promise<string> {
+async function described(position: string, item: Inbound["items"][number]): Promise<string> {
   if (!("media" in item) || !item.media) {
     return item.kind;
   }
   try {
-    return `${item.kind} (${(await read(sequence, item.media.object)).length} bytes)`;
+    return `${item.kind} (${(await read(position, item.media.object)).length} bytes)`;
   } catch (error) {
     return `${item.kind} (${(error as Error).message})`;
   }
 }
 
 /** The bytes of an object, which may still be on their way from WeChat. Throws the sentence that says why there are none. */
-async function read(sequence: number, object: string): Promise<Buffer> {
+async function read(position: string, object: string): Promise<Buffer> {
   const pieces: Uint8Array[] = [];
   for (let after = 0; ; ) {
-    const piece = await ask("media.get", { object, sequence, wait_s: 10, after });
+    const piece = await ask("media.get", { object, position, wait_s: 10, after });
     pieces.push(piece.data);
     after = Number(piece.headers?.get("Wechat-Next"));
     if (!after) {

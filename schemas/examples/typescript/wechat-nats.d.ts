@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: e2a4099cabe65f8aa10ddfb5466f0f2aaf121d40416fa2d38265a25fa2487a47 */
+   Of: 44985895afe0e94234db32aaca3d356becdc08c87131ac8549f8e53bc466677e */
 
 /**
  * Options of a binding.
@@ -79,7 +79,7 @@ export interface BindingEvent {
  */
 export interface BindingHealth {
   /**
-   * not_polled: no replica polls it. too_new: a newer version wrote the binding or the checkpoint, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
+   * not_polled: no replica polls it. too_new: a newer version wrote the binding, or what is stored of its person, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
    */
   status:
     | "failing"
@@ -436,7 +436,7 @@ export interface VoiceItem {
  */
 export interface Inbound {
   /**
-   * Unique; also the Nats-Msg-Id.
+   * Unique.
    */
   id: string;
   /**
@@ -665,9 +665,9 @@ export interface MediaQuery {
    */
   after?: number;
   /**
-   * Stream sequence of the inbound message with the item, so that its media can be fetched if the store does not have them (yet); 0: only what is stored is given.
+   * Place of the inbound message with the item, so that its media can be fetched if the store does not have them (yet); empty: only what is stored is given.
    */
-  sequence?: number;
+  position?: string;
   /**
    * Longest wait for media that are being fetched, then the answer is 503: ask again. 0: only what is stored is given.
    */
@@ -678,9 +678,9 @@ export interface MediaQuery {
  */
 export interface Handed {
   /**
-   * Stream sequence: the header Nats-Sequence of the live message.
+   * Its place in the inbox, opaque: as the header Wechat-Position of the live message.
    */
-  sequence: number;
+  position: string;
   /**
    * The inbound message, unchanged.
    */
@@ -699,9 +699,9 @@ export interface NextPage {
   reader: number;
   messages: Handed[];
   /**
-   * The oldest sequence that is still stored, if messages before it are gone unread; else 0.
+   * The position of the message before which others are gone unread; empty: none are.
    */
-  first?: number;
+  first?: string;
 }
 /**
  * Request of wechat.svc.next.<sandbox>: the inbound messages that the sandbox has not handled yet.
@@ -710,7 +710,7 @@ export interface NextPage {
  */
 export interface NextQuery {
   reader?: number | null;
-  after?: number | null;
+  after?: string | null;
   /**
    * Most messages of the answer.
    */
@@ -950,9 +950,9 @@ export interface ReceiptQuery {
  */
 export interface Replayed {
   /**
-   * Stream sequence: the header Nats-Sequence of the live message.
+   * Its place in the inbox, opaque: as the header Wechat-Position of the live message.
    */
-  seq: number;
+  position: string;
   /**
    * The inbound message, unchanged.
    */
@@ -966,9 +966,9 @@ export interface Replayed {
 export interface ReplayPage {
   messages: Replayed[];
   /**
-   * Value of `after` for the next page; 0: this is the last.
+   * Value of `after` for the next page; empty: this is the last.
    */
-  next?: number;
+  next?: string;
 }
 /**
  * Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again.
@@ -979,11 +979,11 @@ export interface ReplayQuery {
    */
   sandbox?: string | null;
   /**
-   * Stream sequence; messages after it.
+   * Position; messages after it. Empty: from the oldest one on.
    */
-  after?: number;
+  after?: string;
   /**
-   * Messages stored since this time, in milliseconds; only if `after` is 0.
+   * Messages stored since this time, in milliseconds; only if `after` is empty.
    */
   since_ms?: number | null;
   /**

@@ -22,23 +22,23 @@ from typing import Literal
 
 import msgspec
 
-from adapter.content.quotes import placeholder_summary
-from adapter.contract.messages import Outcome
-from adapter.contract.names import author_traceparent
-from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
-from adapter.outbound import window
-from adapter.outbound.commands import MERGE_SEPARATOR, Part, client_id_base
-from adapter.outbound.record import (
+from adapter.bridge import window
+from adapter.bridge.commands import MERGE_SEPARATOR, Part, client_id_base
+from adapter.bridge.record import (
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
     SENT_TEXTS,
     CommandRef,
-    ConversationRecord,
+    PersonState,
     SendProgress,
     SentText,
 )
-from adapter.outbound.texts import closing_fence
-from adapter.outbound.window import WindowPolicy
+from adapter.bridge.texts import closing_fence
+from adapter.bridge.window import WindowPolicy
+from adapter.content.quotes import placeholder_summary
+from adapter.contract.messages import Outcome
+from adapter.contract.names import author_traceparent
+from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
 from adapter.ports import Accepted, Account, Content, Delivery
 
 MAX_RESENDS = 1
@@ -165,9 +165,7 @@ def unreadable_result(exc: Refused | Unreadable) -> CommandResult:
 # before a request -------------------------------------------------------------------------------------
 
 
-def blocker(
-    command: QueuedCommand, record: ConversationRecord, bot: ServingBot, policy: SendPolicy, now_ms: int
-) -> str:
+def blocker(command: QueuedCommand, record: PersonState, bot: ServingBot, policy: SendPolicy, now_ms: int) -> str:
     """Why the head may not be sent now; "" if it may. All its parts must fit before its first request. A repeat was
     counted before."""
     if not bot.is_usable:
@@ -201,7 +199,7 @@ def is_repeatable(progress: SendProgress, bot: str) -> bool:
     return not progress.unanswered_attempts or (progress.unanswered_attempts <= MAX_RESENDS and progress.bot == bot)
 
 
-def in_progress(queue: Sequence[QueuedCommand], record: ConversationRecord) -> list[QueuedCommand]:
+def in_progress(queue: Sequence[QueuedCommand], record: PersonState) -> list[QueuedCommand]:
     """The commands of the message in progress that are in the queue; empty if the first one is not of it."""
     progress = record.head
     if progress is None or not queue or not progress.has_command(queue[0].ref.sequence):
@@ -210,7 +208,7 @@ def in_progress(queue: Sequence[QueuedCommand], record: ConversationRecord) -> l
 
 
 def next_message(
-    queue: Sequence[QueuedCommand], record: ConversationRecord, policy: SendPolicy, alone_up_to: int
+    queue: Sequence[QueuedCommand], record: PersonState, policy: SendPolicy, alone_up_to: int
 ) -> list[QueuedCommand]:
     """The first command, and the parked texts after it that fit into its message by their lengths.
 
@@ -250,7 +248,7 @@ def only_text(command: QueuedCommand) -> str:
     return part if isinstance(part, str) else ""
 
 
-def begun(group: Sequence[QueuedCommand], record: ConversationRecord, bot: str) -> SendProgress:
+def begun(group: Sequence[QueuedCommand], record: PersonState, bot: str) -> SendProgress:
     """The progress of the message that is about to be sent."""
     progress, refs = record.head, [command.ref for command in group]
     if progress is None or (progress.commands != refs and not progress.is_partially_sent):
@@ -259,7 +257,7 @@ def begun(group: Sequence[QueuedCommand], record: ConversationRecord, bot: str) 
     return progress if progress.bot == bot else msgspec.structs.replace(progress, bot=bot)
 
 
-def earlier(command: QueuedCommand, record: ConversationRecord) -> CommandRef | None:
+def earlier(command: QueuedCommand, record: PersonState) -> CommandRef | None:
     """The earlier command whose id the command has from its author."""
     if not command.ref.is_named:
         return None
@@ -269,9 +267,7 @@ def earlier(command: QueuedCommand, record: ConversationRecord) -> CommandRef | 
 # after a request --------------------------------------------------------------------------------------
 
 
-def after_answer(
-    record: ConversationRecord, answer: Accepted | AdapterError, content: Content, now_ms: int
-) -> ConversationRecord:
+def after_answer(record: PersonState, answer: Accepted | AdapterError, content: Content, now_ms: int) -> PersonState:
     """The record after iLink's answer to the request under way, or after its failure."""
     progress = record.head
     assert progress is not None
@@ -296,8 +292,8 @@ def after_answer(
 
 
 def _after_accepted(
-    record: ConversationRecord, progress: SendProgress, answer: Accepted, content: Content, now_ms: int
-) -> ConversationRecord:
+    record: PersonState, progress: SendProgress, answer: Accepted, content: Content, now_ms: int
+) -> PersonState:
     told: Accepted | SendProgress = progress if progress.unconfirmed else answer
     ident, sent = answer.message_id, record.sent
     progress = msgspec.structs.replace(
@@ -336,14 +332,14 @@ def refusal(answer: Refused, attempts: int) -> CommandResult:
 # how commands end -------------------------------------------------------------------------------------
 
 
-def expired(queue: Sequence[QueuedCommand], record: ConversationRecord, now_ms: int) -> list[QueuedCommand]:
+def expired(queue: Sequence[QueuedCommand], record: PersonState, now_ms: int) -> list[QueuedCommand]:
     """The commands that have waited too long. Those of a message that may have been sent end together."""
     group = in_progress(queue, record) if record.head is not None and record.head.is_partially_sent else []
     ended = group if any(command.expires_ms <= now_ms for command in group) else []
     return ended + [command for command in queue if command.expires_ms <= now_ms and command not in group]
 
 
-def final_result(result: CommandResult, record: ConversationRecord, command: QueuedCommand) -> CommandResult:
+def final_result(result: CommandResult, record: PersonState, command: QueuedCommand) -> CommandResult:
     """The result to publish for a command that ends with `result`, given its progress.
 
     A command with an unanswered request cannot be called refused: iLink may have taken it. Every part may have been
@@ -375,7 +371,7 @@ def accepted_result(progress: SendProgress) -> CommandResult:
     )
 
 
-def with_ended(record: ConversationRecord, ref: CommandRef, *, is_refused: bool) -> ConversationRecord:
+def with_ended(record: PersonState, ref: CommandRef, *, is_refused: bool) -> PersonState:
     """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
     head, recent = record.head, record.recent
     if head is not None:
@@ -386,7 +382,7 @@ def with_ended(record: ConversationRecord, ref: CommandRef, *, is_refused: bool)
     return msgspec.structs.replace(record, head=head, recent=recent)
 
 
-def without_lost_head(record: ConversationRecord) -> ConversationRecord:
+def without_lost_head(record: PersonState) -> PersonState:
     """The record without a message whose commands are over: the previous owner ended them, and did not store that."""
     assert record.head is not None
     for ref in record.head.commands:

@@ -7,10 +7,10 @@ import hashlib
 from functools import partial
 from typing import NamedTuple
 
+from adapter.bridge.commands import MediaPart
 from adapter.content.media import HEAD, file_name, identify
 from adapter.errors import Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
-from adapter.outbound.commands import MediaPart
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Read, Uploaded
 
 PIECE = 64 * 1024

@@ -1,6 +1,7 @@
-"""The stored state of a conversation: bucket `wechat_conversations`, key `<sandbox>.<user>`, sealed.
+"""The state of a person: bucket `wechat_persons`, key `<sandbox>.<person>`, sealed.
 
-The conversation is the only writer. The next owner of the shard reads the record and goes on from there.
+The record is written by sends alone, each before its request, and once a day for the cursor of a silent person. The
+newest entry of the person's subject has what came in; of both the newer window counts (`person.Person.adopt`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from adapter.contract.records import PrivateRecord
 
 RECENT_COMMANDS = 32
 BOTS_KEPT = 4
-"""Most bots in `bots`: the latest ones."""
+"""Most former bots of a person: the latest ones."""
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
 """Characters of a sent text that are kept for quotes of it."""
@@ -25,8 +26,8 @@ class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: str = ""
     """Id of the inbound message that opened it."""
-    sequence: int = 0
-    """Sequence of that message in the inbox."""
+    written_ms: int = 0
+    """When that message was written, by WeChat's clock; 0: unknown."""
     opened_ms: int = 0
     """When that message arrived; 0: never."""
     sends_used: int = 0
@@ -97,34 +98,36 @@ class SentText(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"SentText({self.kind!r})"  # keeps the text out of logs and tracebacks
 
 
-class SealedConversation(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """The value in the bucket. Its version is also that of the record in it."""
-
-    bots: list[str] = []  # noqa: RUF012 - msgspec copies it
-    """`ConversationRecord.bots`, in clear: an erasure finds what a bot has left by it, whatever the key."""
-    sealed: bytes = b""
-    """The record, sealed (`store.seal_record`), since it holds the context token and texts."""
-
-
-class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that is stored for one user of one sandbox."""
+class PersonState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What memory has of a person, and the record of it."""
 
     bot: str = ""
-    """The bot that last served the user or received a message from them."""
+    """The bot of token, cursor and window."""
+    bots: tuple[str, ...] = ()
+    """Former bots of the person, the latest last: a command may answer a message that one of them brought."""
     token: str = ""
     """The newest context token."""
+    cursor: str | None = None
+    """iLink's cursor for the next poll; None: the bot was never answered."""
+    cursor_after: int = 0
+    """The entry behind which the cursor was read: a newer entry has a newer one."""
     window: SendWindow = SendWindow()
-    inbox_seq: int = 0
-    """Sequence of the sandbox's inbox up to which this record has all messages of the user."""
-    bots: list[str] = []
-    """The bots that have brought messages of the user, the latest last."""
     head: SendProgress | None = None
     recent: list[CommandRef] = []
     """The last commands with an id of their author that ended, and not as refused. Another one with such an id is a
     repeat."""
     sent: list[SentText] = []
-    unserved: bool = False
-    """No bot of the sandbox serves the user; the record has a time to live."""
 
     def __repr__(self) -> str:
-        return f"ConversationRecord(bot={self.bot!r}, used={self.window.sends_used})"  # no token gets into a log
+        return f"PersonState(bot={self.bot!r}, used={self.window.sends_used})"  # no token gets into a log
+
+
+class PersonRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """The value in the bucket. Its version is also that of the state in it."""
+
+    since: int = 0
+    """Sequence of the bind that began the person's time. A record of another time counts as none."""
+    user: str = ""
+    """Whom it is about, in clear: an erasure finds the record by it."""
+    sealed: bytes = b""
+    """The state, sealed, since it holds the context token and texts."""

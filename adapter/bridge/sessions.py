@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
+from adapter.bridge.sending import ServingBot
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
 from adapter.kit.tasks import TaskSet
@@ -59,6 +60,7 @@ class BotSessions:
         self._sealer = sealer
         self._clock = clock
         self._default_base_url = default_base_url
+        self._tasks = TaskSet("session")
 
     def account(self, binding: Binding) -> Account:
         """The bot's account. The token is opened once, not for each request. Raises Refused("token_key")."""
@@ -73,6 +75,18 @@ class BotSessions:
     def base_url(self, binding: Binding) -> str:
         """Where the bot's requests go: a binding without one and another that names the default share a host."""
         return binding.base_url or self._default_base_url
+
+    def serving(self, binding: Binding) -> ServingBot:
+        """The bot of a binding, and whether it may send."""
+        account = Account(binding.bot, "", self.base_url(binding))
+        try:
+            account = self.account(binding)
+        except Refused:  # its token cannot be opened
+            pass
+        except Exception:  # a bug that no command caused: commands wait, and a timer checks again
+            log.exception("account.crashed", bot=binding.bot)
+        is_active = binding.state == "active" and not self.is_recovering(binding.bot)
+        return ServingBot(binding.bot, is_active and bool(account.token), account)
 
     def forget(self, bot: str, session: BotSession) -> None:
         """The poller has ended."""
@@ -118,6 +132,10 @@ class BotSessions:
     def _is_dead(self, bot: str) -> bool:
         binding = self._bindings.serving(bot)
         return binding is None or binding.state == "needs_login" or self.is_recovering(bot)
+
+    def restart_soon(self, bot: str) -> None:
+        """As `restart`, beside what calls it."""
+        self._tasks.spawn(self.restart(bot))
 
     async def restart(self, bot: str) -> None:
         """Announces the bot by `notifystart`, at most once a minute: iLink may refuse the sends of a degraded session

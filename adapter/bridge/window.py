@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from adapter.bridge.record import PersonState, SendProgress, SendWindow
 from adapter.contract.messages import Window
-from adapter.outbound.record import BOTS_KEPT, ConversationRecord, SendProgress, SendWindow
 
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled"]
 """Why nothing may be sent; "" if it may."""
@@ -36,7 +36,7 @@ class WindowPolicy(msgspec.Struct, frozen=True):
     """Time after -2 until a probe may be sent."""
 
 
-def send_blocker(record: ConversationRecord, now_ms: int, policy: WindowPolicy, *, needed: int = 1) -> Closed:
+def send_blocker(record: PersonState, now_ms: int, policy: WindowPolicy, *, needed: int = 1) -> Closed:
     """Why `needed` sends do not fit now; "" if they do. A command that exceeds the whole budget fits a fresh
     window."""
     window = record.window
@@ -49,7 +49,7 @@ def send_blocker(record: ConversationRecord, now_ms: int, policy: WindowPolicy, 
     return "" if window.sends_used + max(1, min(needed, policy.sends)) <= policy.sends else "quota"
 
 
-def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:
+def visible_window(record: PersonState, now_ms: int, policy: WindowPolicy) -> Window:
     """The window as the bus sees it now."""
     closes_ms = closes_at_ms(record, policy)
     if now_ms >= closes_ms:
@@ -61,7 +61,7 @@ def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy
     return Window(remaining=max(0, policy.sends - record.window.sends_used), closes_at_ms=closes_ms)
 
 
-def closes_at_ms(record: ConversationRecord, policy: WindowPolicy) -> int:
+def closes_at_ms(record: PersonState, policy: WindowPolicy) -> int:
     """When the window closes by time; 0: none is open."""
     opened_ms = record.window.opened_ms
     return opened_ms + int(policy.hours * 3_600_000) if opened_ms and record.token else 0
@@ -82,19 +82,14 @@ class InboundReceived(msgspec.Struct, frozen=True):
     """Message id on the bus."""
     token: str
     """Context token; "" if iLink gave none."""
-    bot: str
     written_ms: int
     """WeChat's clock; 0: unknown."""
-    sequence: int
-    """Sequence of the message in the sandbox's inbox. A message counts once."""
     received_ms: int | None = None
     """When iLink delivered the message, possibly long ago; None: now."""
 
 
-def open_window(
-    record: ConversationRecord, inbound: InboundReceived, now_ms: int, in_flight: int
-) -> ConversationRecord:
-    """The record after a message of the user, which opens a new window, unless it or a later one did so before.
+def open_window(record: PersonState, inbound: InboundReceived, now_ms: int, in_flight: int) -> PersonState:
+    """The record after a message of the user, which opens a new window, unless it did so before.
 
     A message without a token leaves the known token. iLink's window opened when the user wrote. Sends since that time
     count against it, and so do requests in flight (`in_flight`), which iLink may process after the message. A -2 to a
@@ -102,11 +97,6 @@ def open_window(
     """
     window, written_ms = record.window, inbound.written_ms
     received_ms = now_ms if inbound.received_ms is None else min(now_ms, inbound.received_ms)
-    inbox_seq, bots = max(record.inbox_seq, inbound.sequence), record.bots
-    if not bots or bots[-1] != inbound.bot:
-        bots = [*(bot for bot in bots if bot != inbound.bot), inbound.bot][-BOTS_KEPT:]
-    if inbound.sequence < window.sequence:
-        return msgspec.structs.replace(record, inbox_seq=inbox_seq, bots=bots)
     if inbound.message != window.id:
         if received_ms - written_ms > CLOCK_ERROR_MS:
             written_ms = 0
@@ -116,19 +106,16 @@ def open_window(
         is_throttled = bool(written_ms) and latest_ms <= window.throttled_at_ms <= until_ms
         window = SendWindow(
             id=inbound.message,
-            sequence=inbound.sequence,
+            written_ms=inbound.written_ms,
             opened_ms=received_ms,
             sends_used=max(in_flight, len(since)),
             sent_at_ms=since,
             throttled_at_ms=window.throttled_at_ms if is_throttled else 0,
         )
-    token = inbound.token or record.token
-    return msgspec.structs.replace(
-        record, inbox_seq=inbox_seq, bots=bots, token=token, bot=inbound.bot, window=window
-    )
+    return msgspec.structs.replace(record, token=inbound.token or record.token, window=window)
 
 
-def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
+def record_attempt(record: PersonState, progress: SendProgress, now_ms: int) -> PersonState:
     """Counts a request before it is sent, so that a crash never leads to an uncounted send.
 
     A repeat was counted before, unless the user has written since; then the repeat may be the request that iLink
@@ -150,7 +137,7 @@ def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: i
     return msgspec.structs.replace(record, window=window, head=progress)
 
 
-def undo_attempt(record: ConversationRecord, progress: SendProgress) -> ConversationRecord:
+def undo_attempt(record: PersonState, progress: SendProgress) -> PersonState:
     """Takes the last request back, since iLink took nothing. It stays counted if a request before it got no answer.
 
     `progress` is that of the record, possibly with details of the answer.
@@ -166,7 +153,7 @@ def undo_attempt(record: ConversationRecord, progress: SendProgress) -> Conversa
     return msgspec.structs.replace(record, window=window, head=progress)
 
 
-def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
+def record_throttled(record: PersonState, progress: SendProgress, now_ms: int) -> PersonState:
     """Records a -2 to the last request. If the user has written since, the -2 belongs to the former window."""
     sent_at_ms = record.window.sent_at_ms
     left_ms = sent_at_ms[-1] if sent_at_ms else now_ms
@@ -178,8 +165,8 @@ def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms:
 
 
 def record_unanswered(
-    record: ConversationRecord, progress: SendProgress, now_ms: int, *, was_reset: bool = False
-) -> ConversationRecord:
+    record: PersonState, progress: SendProgress, now_ms: int, *, was_reset: bool = False
+) -> PersonState:
     """Records that the last request had no answer: iLink may have counted it at any moment until its end."""
     window = msgspec.structs.replace(record.window, sent_at_ms=[*record.window.sent_at_ms[:-1], now_ms])
     head = msgspec.structs.replace(progress, was_reset=was_reset)

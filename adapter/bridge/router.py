@@ -21,6 +21,10 @@ from typing import TypeAlias
 import msgspec
 import structlog
 
+from adapter.bridge.commands import Limits, command_id, copy_headers, decode_command, salvage_ids, sandbox_of
+from adapter.bridge.receipts import Address, Receipts, is_final
+from adapter.bridge.record import CommandRef
+from adapter.bridge.sending import CommandResult, QueuedCommand, unread, unreadable_result
 from adapter.contract import messages as contract
 from adapter.contract.names import H_MSG_ID, UNROUTED, Names
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
@@ -28,10 +32,6 @@ from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
-from adapter.outbound.commands import Limits, command_id, copy_headers, decode_command, salvage_ids, sandbox_of
-from adapter.outbound.receipts import Address, Receipts, is_final
-from adapter.outbound.record import CommandRef
-from adapter.outbound.sending import CommandResult, QueuedCommand, unread, unreadable_result
 from adapter.ownership.tenure import Tenure
 from adapter.ports import Bus, BusMessage, Delivery
 from adapter.security.seal import Sealer

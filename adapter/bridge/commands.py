@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from adapter.bridge import texts
+from adapter.bridge.record import CommandRef
 from adapter.content.media import clean_file_name
 from adapter.contract.messages import (
     COMMAND_BYTES,
@@ -25,8 +27,6 @@ from adapter.contract.messages import (
 from adapter.contract.names import H_COMMAND, H_SEALED, check_sandbox, digest, forwardable_headers, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
-from adapter.outbound import texts
-from adapter.outbound.record import CommandRef
 from adapter.security.seal import Sealer, copy_context
 
 PEER = re.compile(r"[!-~]{0,128}")

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from adapter.bridge.record import CommandRef
+from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
@@ -23,8 +25,6 @@ from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
-from adapter.outbound.record import CommandRef
-from adapter.outbound.sending import CommandResult, QueuedCommand
 from adapter.ports import History, StoredMessage
 
 log = structlog.get_logger()

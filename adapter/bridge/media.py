@@ -14,17 +14,17 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from adapter.bridge.entries import read_entry
 from adapter.content import media
 from adapter.content.dedup import bot_of
 from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, InboundItem, Media, VoiceItem
-from adapter.contract.names import Names, media_object
+from adapter.contract.names import Names, media_object, read_position
 from adapter.errors import UNDECODABLE, BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.outbound.inbox import unseal
 from adapter.ports import Cdn, History, MediaRef, Objects, Pieces, StoredObject
 from adapter.security.seal import Sealer
 
@@ -136,16 +136,16 @@ class MediaFetcher:
             if _names(items[source.item], name):
                 self._begin(MediaFetch(sandbox, bot_of(message), user, name, items[source.item], source), wait_s=0.0)
 
-    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
-        """Returns when the object is in the store: fetched here, or by the owner of its bot. `sequence`: the
-        message's in its stream.
+    async def ensure(self, sandbox: str, position: str, name: str) -> None:
+        """Returns when the object is in the store: fetched here, or by the owner of its bot. `position`: the
+        message's place in the inbox.
 
         Raises Refused with one of the reasons in WHY, or "not_found" where the message is gone or has no such object.
         Raises Temporary.
         """
         base = name.removesuffix(WAV)
         if (task := self._running.get(base)) is None:
-            task = self._begin(await self._find(sandbox, sequence, base), wait_s=OWNER_S)
+            task = self._begin(await self._find(sandbox, position, base), wait_s=OWNER_S)
         if task is None:
             raise Temporary("busy", "Too many media of this sandbox are being fetched: ask again.")
         reason = await asyncio.shield(task)
@@ -159,19 +159,22 @@ class MediaFetcher:
         self._tasks.cancel_all()
         await self._tasks.wait_ended()
 
-    async def _find(self, sandbox: str, sequence: int, name: str) -> MediaFetch:
+    async def _find(self, sandbox: str, position: str, name: str) -> MediaFetch:
         """The item with this object. Raises Refused, Temporary."""
+        sequence, number = read_position(position)
         stored = await self._history.get(self._names.stream_in, sequence)
-        if stored is not None and stored.subject == self._names.inbox(sandbox):
+        if stored is not None and stored.subject.startswith(self._names.inbox(sandbox, "")):
             try:
-                inbound = msgspec.json.decode(stored.data, type=Inbound)
-                for source in unseal(self._sealer, stored, sandbox).media:
+                found = read_entry(stored, self._sealer)
+                inbound = msgspec.json.decode(found.entry.messages[number], type=Inbound)
+                sources = dict(found.secrets.media) if found.secrets is not None else {}
+                for source in sources.get(number, ()):
                     item = inbound.items[source.item]
                     if _names(item, name):
                         return MediaFetch(sandbox, inbound.bot, inbound.user, name, item, source)
-            except (*UNDECODABLE, IndexError) as exc:
+            except (*UNDECODABLE, IndexError, Unreadable) as exc:
                 log.error("media.message_unreadable", sandbox=sandbox, sequence=sequence, reason=type(exc).__name__)
-        raise Refused("not_found", "The inbox has no message with this object at this sequence.")
+        raise Refused("not_found", "The inbox has no message with this object at this position.")
 
     def _begin(self, fetch: MediaFetch, *, wait_s: float) -> asyncio.Task[str] | None:
         """Begins a fetch, or joins the one that runs. None: there are too many. `wait_s`: how long another replica

@@ -1,0 +1,360 @@
+"""The commands and persons of one partition, from when this replica owns it until it does not.
+
+`on_delivery` gets each command from the partition's consumer and decides at once whose it is: it joins the queue of
+its person, or ends here, if nobody is served by it.
+
+The consumer delivers again what a former owner has not acknowledged. Such a command, and a copy by the router, may
+have been worked on: its receipt is looked up before anything is done about it, and where nobody is served by it, it
+belongs to whom a former owner was sending it, or had parked it for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+
+import msgspec
+import structlog
+
+from adapter.bridge import sending
+from adapter.bridge.commands import PEER, command_id, decode_command, identity_of, read_command, salvage_ids
+from adapter.bridge.inflight import NO_WINDOW, InFlight
+from adapter.bridge.parts import Parts
+from adapter.bridge.person import Person
+from adapter.bridge.persons import binding_of
+from adapter.bridge.receipts import Address
+from adapter.bridge.sending import CommandResult, QueuedCommand
+from adapter.bridge.typing_indicator import TypingIndicators
+from adapter.contract.names import H_MSG_ID, command_traceparent, person_token
+from adapter.contract.records import Binding, PersonKey
+from adapter.errors import (
+    AdapterError,
+    BusRefused,
+    Crashed,
+    LeaseLost,
+    RecordTooNew,
+    Refused,
+    Temporary,
+    Unreadable,
+)
+from adapter.kit.tasks import TaskSet
+from adapter.ownership.tenure import Tenure
+from adapter.ports import Delivery
+
+log = structlog.get_logger()
+
+DRAIN_S, CANCEL_GRACE_S = 5.0, 1.0
+"""Time to hide typing indicators and store records at the end, and for cancelled tasks to end."""
+MAX_REPLY_TO = 256
+"""Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
+
+
+class Partition:
+    """What one owned partition has in memory. It ends with `drain` or `stop`."""
+
+    def __init__(self, number: int, parts: Parts) -> None:
+        self.number = number
+        self.parts = parts
+        self.tenure = Tenure(number, parts.leases, parts.ticks.wait_tick)
+        self.is_draining = False
+        self.commands = InFlight(parts, self.tenure)
+        self.typing = TypingIndicators(parts.chat, parts.clock, self.tenure.check)
+        self._persons: dict[str, dict[PersonKey, Person]] = {}
+        """By sandbox."""
+        self._tasks = TaskSet("partition")
+
+    def __iter__(self) -> Iterator[Person]:
+        return iter([each for of_sandbox in self._persons.values() for each in of_sandbox.values()])
+
+    # persons ----------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Reads what is stored of all its persons, hundreds in a request. Who cannot be read is read again when there
+        is something to do. Raises Temporary."""
+        of_key: dict[PersonKey, Binding] = {}
+        for binding in self.parts.bindings.of_shard(self.number):
+            known = of_key.setdefault(binding.key, binding)
+            if (not binding.closing, binding.bound) > (not known.closing, known.bound):
+                of_key[binding.key] = binding
+        stored = await self.parts.persons.load_all([*of_key])
+        for number, (key, binding) in enumerate(of_key.items()):
+            person = self._person(key, None if binding.closing else binding)
+            found = stored[key]
+            if not isinstance(found, AdapterError):
+                person.restore(found)
+            if number % 200 == 199:
+                await asyncio.sleep(0)  # thousands must not delay the renewal
+
+    def person(self, binding: Binding) -> Person:
+        """The person of a binding, who exists from now on."""
+        key = binding.key
+        known = self._persons.get(key.sandbox, {}).get(key)
+        return known or self._person(key, binding_of(self.parts.bindings, key))
+
+    def _person(self, key: PersonKey, binding: Binding | None) -> Person:
+        of_sandbox = self._persons.setdefault(key.sandbox, {})
+        if (person := of_sandbox.get(key)) is None:
+            person = of_sandbox[key] = Person(key, self.parts, self.tenure, self.commands, self.typing)
+            person.on_binding(binding)
+        return person
+
+    def on_binding(self, before: Binding | None, after: Binding | None) -> None:
+        """Handles a changed binding, or a change of its token's state."""
+        for binding in (before, after):
+            if binding is None:
+                continue
+            key = binding.key
+            person = self._persons.get(key.sandbox, {}).get(key)
+            if person is not None:
+                person.check_binding()
+                self._drop_gone(person)
+            elif binding is after and not binding.closing:
+                self._person(key, binding_of(self.parts.bindings, key))
+
+    def _drop_gone(self, person: Person) -> None:
+        """Forgets a person whom no binding has any more, once nothing is in hand for them."""
+        key, of_sandbox = person.key, self._persons.get(person.key.sandbox, {})
+        is_bound = any(each.key == key for each in self.parts.bindings.of_sandbox(key.sandbox))
+        if is_bound or not person.sender.is_idle or of_sandbox.get(key) is not person:
+            return
+        del of_sandbox[key]
+        if not of_sandbox:
+            del self._persons[key.sandbox]
+
+    async def end_service(self, binding: Binding) -> None:
+        """Ends the commands of a person whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
+        person = self.person(binding)
+        try:
+            await person.open()
+        except (RecordTooNew, Refused) as exc:  # it stays as it is
+            log.info("person.unopenable", sandbox=binding.sandbox, reason=exc.reason)
+        person.check_binding()
+
+    def is_service_ended(self, binding: Binding) -> bool:
+        """Whether nothing is in hand for the person of a closing binding whom no other bot serves."""
+        person = self.person(binding)
+        return person.bot is not None or person.sender.is_idle
+
+    async def end_person(self, binding: Binding) -> None:
+        """Stores the end of the person's time, unless another bot serves them. Raises Temporary, BusRefused,
+        LeaseLost."""
+        key = binding.key
+        if binding_of(self.parts.bindings, key) is None:
+            await self._tell_of_head(self.person(binding))
+            await self.parts.persons.end(key)
+
+    async def _tell_of_head(self, person: Person) -> None:
+        """Ends what a former owner was sending and the consumer has not brought yet: nothing is left that tells of it
+        once the record is gone. One that has its final receipt keeps that."""
+        head, parts, sandbox = person.state.head, self.parts, person.key.sandbox
+        if head is None or not head.is_partially_sent or any(map(self.commands.has, head.commands)):
+            return
+        result = CommandResult("refused", "not_bound", sending.UNSERVED)
+        if head.unanswered_attempts:
+            result = CommandResult("uncertain", detail="Its person was unbound, and iLink's answer is not known.")
+        result = msgspec.structs.replace(result, message_ids=tuple(head.message_ids), attempts=head.attempts)
+        address = Address(sandbox, head.bot, person.user)
+        for ref in head.commands:
+            trace = command_traceparent("", sandbox, ref.sequence, ref.stored_ms, "")
+            await parts.receipts.publish(ref, result, address, NO_WINDOW, trace, ensure_owner=self.tenure.check)
+
+    # deliveries -------------------------------------------------------------------------------------
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Takes a delivery or redelivery."""
+        if self.is_draining:
+            return
+        commands, sandbox = self.commands.commands, delivery.subject.rpartition(".")[2]
+        ref = identity_of(delivery.headers, delivery.data, sandbox, delivery.seq, delivery.time_ms, self.parts.sealer)
+        known = commands.get(ref.sequence)
+        if known is not None and known.sequence == delivery.seq:
+            known.delivery = _without_data(delivery)
+        elif known is not None:  # another copy by the router, and the first is in hand
+            self._tasks.spawn(delivery.ack())
+        else:
+            if not delivery.redelivered:
+                self.parts.metrics.outbound_received.inc()
+            command = commands[ref.sequence] = sending.unread(delivery, ref, sandbox)
+            try:
+                refusal = self._read(command, delivery)
+                if refusal is None:
+                    self._place(command)
+                else:
+                    self._tasks.spawn(self._end(command, refusal))
+            except Exception as exc:  # the one place where the code may raise for a command that has no person
+                log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
+                crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+                if not command.ref.id:
+                    command.ref = msgspec.structs.replace(ref, id=str(delivery.seq))
+                self._tasks.spawn(self._place_after_look(command, crashed))
+            finally:
+                _without_data(delivery)
+
+    def _read(self, command: QueuedCommand, delivery: Delivery) -> CommandResult | None:
+        """Reads the body. Returns how the command ends if it is none."""
+        parts, ref, unreadable = self.parts, command.ref, None
+        try:
+            body = decode_command(delivery.data, parts.limits)
+        except Unreadable as exc:
+            body, unreadable = salvage_ids(delivery.data, parts.limits), exc
+        ident = command_id(body.id, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
+        is_named = bool(body.id) and not body.typing  # showing it again is no repeat
+        command.ref = msgspec.structs.replace(ref, id=ident, is_named=is_named)
+        command.reply_to = body.reply_to if body.reply_to and len(body.reply_to) <= MAX_REPLY_TO else ""
+        command.is_checked = not delivery.is_old and ref.sequence == delivery.seq
+        try:
+            if unreadable is not None:
+                raise unreadable
+            read = read_command(body, sandbox=command.sandbox, stored_ms=ref.stored_ms, limits=parts.limits)
+        except (Refused, Unreadable) as exc:
+            parts.metrics.schema_violations.labels(kind="out").inc()
+            command.user = body.user if body.user and PEER.fullmatch(body.user) else ""  # whom the receipt names
+            return sending.unreadable_result(exc)
+        only = read.parts[0] if len(read.parts) == 1 else None
+        command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
+        command.part_count, command.chars = len(read.parts), len(only) if isinstance(only, str) else 0
+        command.expires_ms, command.when_closed = read.expires_ms, read.when_closed
+        if parts.bodies.take(len(delivery.data)):
+            command.parts, command.size = read.parts, len(delivery.data)
+        return None
+
+    def _place(self, command: QueuedCommand) -> None:
+        """Passes a command to its person, or ends it."""
+        try:
+            binding = self._binding_for(command)
+        except Refused as exc:
+            self._tasks.spawn(self._place_after_look(command, sending.unreadable_result(exc)))
+        else:
+            self.person(binding).enqueue(command)
+
+    def _binding_for(self, command: QueuedCommand) -> Binding:
+        """The binding of the person for whom a command is meant. Raises Refused."""
+        bound = self.parts.bindings.serving_sandbox(command.sandbox)
+        if command.bot:
+            bound = [binding for binding in bound if binding.bot == command.bot]
+        if bound and command.user:
+            of_user = [binding for binding in bound if binding.user == command.user]
+            # who answers as iLink names whom it likes: a user whom a bind has named is nobody else's
+            named = person_token(command.sandbox, command.user)
+            of_user = [binding for binding in of_user if binding.key.person == named] or of_user
+            if not (bound := of_user or [binding for binding in bound if not binding.user]):
+                raise Refused("not_bound", sending.UNSERVED)
+        if not bound:
+            raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
+        if len({binding.key for binding in bound}) > 1:
+            raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
+        if not (command.user or command.bot) and command.ref.sequence <= bound[0].out_after:
+            raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
+        return bound[0]
+
+    async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult) -> None:
+        """Places a command that nobody serves with whom a former owner was sending it to, or has parked it for. Else
+        it ends with `refusal`."""
+        sandbox, person = command.sandbox, None
+        try:
+            if not command.is_checked:
+                found = await self.commands.find(sandbox, [command])
+                if command.sequence in found:
+                    await self.commands.acknowledge(command)
+                    return
+                person = self._who_has_begun(command)
+                command.is_checked = True
+        except Crashed as exc:  # a former owner may have sent it
+            refusal = CommandResult("uncertain", detail=exc.detail)
+        if person is not None:
+            person.enqueue(command)
+        elif refusal.reason == "not_bound" and not (bindings := self.parts.bindings).is_current:
+            await bindings.changed.wait_until(lambda: bindings.is_current)
+            self._place(command)
+        else:
+            await self._end(command, refusal)
+
+    def _who_has_begun(self, command: QueuedCommand) -> Person | None:
+        """The person to whom a former owner was sending a command, or for whom it has parked it."""
+        persons = [*self._persons.get(command.sandbox, {}).values()]
+        for person in persons:
+            if (head := person.state.head) is not None and head.has_command(command.ref.sequence):
+                return person
+        if command.user or command.bot or not command.parked_for:
+            return None
+        return next((each for each in persons if each.user == command.parked_for and each.bot is not None), None)
+
+    async def _end(self, command: QueuedCommand, result: CommandResult) -> None:
+        """Ends a command that is nobody's."""
+        await self.commands.end([(command, result)], Address(command.sandbox, command.bot, command.user))
+
+    # the end ----------------------------------------------------------------------------------------
+
+    async def drain(self, grace_s: float) -> None:
+        """Starts nothing more, gives requests `grace_s` seconds, stores what was sent last, and stops."""
+        self.is_draining = True
+        self._tasks.spawn(self.typing.drain(min(grace_s, DRAIN_S)))
+        running = [task for each in self if (task := each.sender.drain()) is not None]
+        if running:
+            await asyncio.wait(running, timeout=grace_s)
+        for person in self:
+            if person.has_unsaved_sends:
+                self._tasks.spawn(_save_once(person))
+        if not await self._tasks.wait_ended(min(grace_s, DRAIN_S)):
+            log.warning("commands.cancelled", partition=self.number, tasks=len(self._tasks))
+        self.stop()
+        await self._tasks.wait_ended(CANCEL_GRACE_S)
+        if running:
+            await asyncio.wait(running, timeout=CANCEL_GRACE_S)
+
+    def stop(self) -> None:
+        """Stops at once, since the partition is lost."""
+        self.is_draining = True
+        self.tenure.end()
+        self.typing.stop()
+        self._tasks.cancel_all()
+        for person in self:
+            person.sender.stop()
+        for command in self.commands.commands.values():
+            self.commands.release_body(command)
+        self._persons.clear()  # breaks reference cycles
+
+    # memory and metrics -----------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(self._tasks) + sum(each.sender.is_running for each in self)
+
+    @property
+    def throttled_bots(self) -> set[str]:
+        """Bots with a throttled window (-2)."""
+        return {each.state.bot for each in self if each.state.window.throttled_at_ms}
+
+    def evict_idle(self) -> None:
+        """Forgets who is gone, and old tickets; called each half minute."""
+        for person in self:
+            if person.bot is None:
+                self._drop_gone(person)
+        bindings = self.parts.bindings
+        self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
+
+    def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
+        """Adds the parked commands to `parked`, by reason. Returns the number of other commands in flight, and when
+        the oldest of them was stored."""
+        waiting, commands = 0, self.commands.commands
+        for person in self:
+            sender = person.sender
+            count = sum(each.parked for each in sender.queue) if sender.reason else 0
+            parked[sender.reason] += count
+            waiting += count
+        stored_ms = (each.delivery.time_ms for each in commands.values() if not each.parked)
+        return len(commands) - waiting, min(stored_ms, default=None)
+
+
+def _without_data(delivery: Delivery) -> Delivery:
+    delivery.data, delivery.headers = b"", {}
+    return delivery
+
+
+async def _save_once(person: Person) -> None:
+    try:
+        await person.save()
+    except (Temporary, LeaseLost, BusRefused) as exc:
+        log.info("person.not_stored", sandbox=person.key.sandbox, reason=exc.reason)

@@ -1,0 +1,267 @@
+"""One person: a WeChat user of one sandbox. The only object that knows both directions of a bot.
+
+`on_stored`, `adopt`, `enqueue` and `on_binding` change memory at once and never wait. The poller is one task, the
+sender a coroutine that lives while there is work. After each wait both look at the state instead of trusting what
+they saw.
+
+What is stored of a person are the newest entry of their subject (`entries`), written by whoever polls, and their
+record (`record`), written before each send. Of both the newer window counts.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from adapter.bridge import window
+from adapter.bridge.entries import StoredEntry
+from adapter.bridge.inflight import InFlight
+from adapter.bridge.parts import Parts
+from adapter.bridge.persons import StoredPerson, binding_of
+from adapter.bridge.record import BOTS_KEPT, PersonState
+from adapter.bridge.sender import Sender
+from adapter.bridge.sending import QueuedCommand, ServingBot
+from adapter.bridge.typing_indicator import TypingIndicators
+from adapter.bridge.window import InboundReceived
+from adapter.content.dedup import KEEP, DedupWindow, lines_of
+from adapter.contract.records import Binding, PersonKey
+from adapter.errors import Conflict, StaleRead
+from adapter.ownership.tenure import Tenure
+
+CURSOR_SAVED_S = 86_400.0
+"""Time after which the cursor of a silent person is stored."""
+
+
+class Status(enum.Enum):
+    """What is known of a person here."""
+
+    UNREAD = enum.auto()
+    """Entry and record were not read yet; nothing is sent."""
+    READY = enum.auto()
+    ENDED = enum.auto()
+    """The end of their time is stored, or a later time has begun; nobody polls for them, and nothing is stored."""
+    ERASED = enum.auto()
+    """As ENDED, by an erasure."""
+
+
+OVER = (Status.ENDED, Status.ERASED)
+
+
+class AnswerState(NamedTuple):
+    """What an entry says of the state after it."""
+
+    lines: Sequence[bytes]
+    """Fingerprints of its messages."""
+    answer_size: int
+    """Messages of the answer that are stored with it."""
+    cursor: str | None
+    token: str
+    opened: InboundReceived | None
+    """Its last message, which opens a window; None: it opens none."""
+
+
+class Saved(NamedTuple):
+    """The record as the bucket has it."""
+
+    state: PersonState
+    revision: int
+
+
+class Person:
+    """What memory has of a person while this replica owns them, and beyond that while a poll of theirs is open."""
+
+    def __init__(
+        self, key: PersonKey, parts: Parts, tenure: Tenure, commands: InFlight, typing: TypingIndicators
+    ) -> None:
+        self._parts = parts
+        self.key = key
+        self.user = ""
+        """As iLink names them; "" as long as nobody knows."""
+        self.bot: ServingBot | None = None
+        """The bot that serves them; None: their binding is over."""
+        self.state = PersonState()
+        self.status = Status.UNREAD
+        self.position = 0
+        """Sequence of the subject's newest entry as it is known here, which the next entry expects."""
+        self.seen = DedupWindow()
+        self.tenure = tenure
+        self.sender = Sender(self, parts, tenure, commands, typing)
+        self._saved = Saved(self.state, 0)
+        self._written = self.state
+        """The record as it was written last, perhaps without an answer."""
+        self._saved_at = parts.clock.monotonic()
+
+    # what is stored ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Reads entry and record if they were not read. Raises Temporary; Refused("token_key") and RecordTooNew where
+        they cannot be read here: nothing of theirs may be overwritten."""
+        if self.status is Status.UNREAD:
+            self.restore(await self._parts.persons.load(self.key))
+
+    def restore(self, stored: StoredPerson) -> None:
+        """Takes what is stored. What memory has newer stays."""
+        if self.status is Status.UNREAD:
+            self.status = Status.READY
+            if stored.state is not None:
+                self._take_record(stored.state)
+            self._saved = Saved(stored.state or PersonState(), stored.revision)
+        if stored.entry is not None:
+            self.adopt(stored.entry)
+        self.position = max(self.position, stored.last)
+        self._forget_other_bot()
+        self.sender.on_restored()
+
+    async def look(self) -> None:
+        """Takes the newest entry, which another replica may have stored. Raises as `open`."""
+        entry, last = await self._parts.persons.newest(self.key)
+        if entry is not None and entry.sequence > self.position:
+            self.adopt(entry)
+        self.position = max(self.position, last)
+
+    def _take_record(self, stored: PersonState) -> None:
+        """Takes a record that was read. Newer token, window and cursor of memory stay."""
+        now = self.state
+        if now.window.id and now.window.opened_ms >= stored.window.opened_ms and now.window.id != stored.window.id:
+            stored = msgspec.structs.replace(stored, token=now.token, window=now.window, bot=now.bot, bots=now.bots)
+        if now.cursor is not None and now.cursor_after >= stored.cursor_after:
+            stored = msgspec.structs.replace(stored, cursor=now.cursor, cursor_after=now.cursor_after)
+        self.state = stored
+
+    def adopt(self, stored: StoredEntry) -> None:
+        """Takes an entry that somebody else has written, or that was read at a taking. One of another time says
+        nothing but its sequence, and one of another bot than the binding's counts for its fingerprints alone."""
+        entry, secrets, state = stored.entry, stored.secrets, self.state
+        self.position = max(self.position, stored.sequence)
+        if entry.since > self.key.since or (entry.ended and entry.since == self.key.since):
+            self.status = Status.ERASED if entry.erased else Status.ENDED
+            self.sender.on_change()
+            return
+        if entry.since != self.key.since or secrets is None:
+            return
+        if self.seen:
+            new = [line for line in lines_of(entry.seen) if line not in self.seen]
+            self.seen.add(new, max(KEEP, len(new)))
+        else:
+            self.seen = DedupWindow(entry.seen)
+        self.learn(self.user or entry.user)
+        bot = self.bot.id if self.bot is not None else entry.bot
+        self.state = state = _with_bots(state, bot, (*secrets.bots, entry.bot))
+        if entry.bot == bot:
+            if stored.sequence > state.cursor_after or state.cursor is None:
+                self.state = msgspec.structs.replace(state, cursor=secrets.cursor, cursor_after=stored.sequence)
+            opened = stored.opened()
+            if opened is not None and (
+                opened.message == state.window.id or (opened.received_ms or 0) >= state.window.opened_ms
+            ):
+                self._open_window(opened)
+        self.sender.on_change()
+
+    async def save(self, undo: PersonState | None = None) -> None:
+        """Stores the record. Raises Temporary, LeaseLost; StaleRead if it is another's, which was taken. `undo`: the
+        state of memory that counts then, without what was about to be done."""
+        persons = self._parts.persons
+        while True:
+            self.tenure.check()
+            written, self._written, state = self._written, self.state, self.state
+            try:
+                revision = await persons.save(self.key, self.user, state, self._saved.revision)
+            except Conflict:
+                self.tenure.check()
+                stored, revision = await persons.reload(self.key)
+                self.tenure.check()  # the read may be slow, and the record that of a new owner
+                had_record, self._saved = bool(self._saved.revision), Saved(stored or PersonState(), revision)
+                if stored is None and had_record:
+                    # the person was erased meanwhile: nothing comes back from memory
+                    self.state = self._written = PersonState(bot=state.bot, bots=state.bots)
+                    return
+                if stored is not None and stored != written:
+                    self.state = undo or self.state
+                    self._take_record(stored)
+                    raise StaleRead("stale_read", "the record is newer than what was read of it") from None
+            else:
+                self._saved, self._saved_at = Saved(state, revision), self._parts.clock.monotonic()
+                return
+
+    @property
+    def is_open(self) -> bool:
+        """Entry and record were read."""
+        return self.status is not Status.UNREAD
+
+    @property
+    def is_saved(self) -> bool:
+        """The bucket has the state as memory has it."""
+        return self._saved.state is self.state
+
+    @property
+    def has_unsaved_sends(self) -> bool:
+        """The record lacks what was sent last, which a person may quote, or that a request was taken back."""
+        return (self.state.sent, self.state.head) != (self._saved.state.sent, self._saved.state.head)
+
+    # what others tell -------------------------------------------------------------------------------
+
+    def enqueue(self, command: QueuedCommand) -> None:
+        """Takes a command."""
+        self.sender.enqueue(command)
+
+    def on_stored(self, sequence: int, after: AnswerState) -> None:
+        """Takes what was stored of an answer, whose entry has this sequence."""
+        self.position = sequence
+        self.seen.add(after.lines, max(KEEP, after.answer_size))
+        token = after.token or self.state.token
+        self.state = msgspec.structs.replace(self.state, token=token, cursor=after.cursor, cursor_after=sequence)
+        if after.opened is not None:
+            self._open_window(after.opened)
+        self.sender.on_inbound()
+
+    def on_cursor(self, cursor: str) -> None:
+        """iLink has given a cursor without news, which is stored with what comes next, or once a day."""
+        if cursor != self.state.cursor:
+            self.state = msgspec.structs.replace(self.state, cursor=cursor, cursor_after=self.position)
+            if self._parts.clock.monotonic() - self._saved_at > CURSOR_SAVED_S:
+                self.sender.save_soon()
+
+    def on_binding(self, binding: Binding | None) -> None:
+        """The binding that serves the person now; None: none does. Token and cursor of another bot are forgotten."""
+        former, self.bot = self.bot, None if binding is None else self._parts.sessions.serving(binding)
+        self.learn(binding.user if binding is not None else "")
+        if self.bot != former:
+            self._forget_other_bot()
+            self.sender.on_binding()
+
+    def learn(self, user: str) -> None:
+        """The person's user, as the binding or the first message has it; "": it says nothing."""
+        if user and user != self.user:
+            self.user = user
+            self.sender.on_user()
+
+    def check_binding(self) -> None:
+        """Looks at the binding, in case its update was lost."""
+        self.on_binding(binding_of(self._parts.bindings, self.key))
+
+    def prints_with(self, lines: Sequence[bytes], answer_size: int) -> bytes:
+        """The fingerprints of the next entry. `lines`: those of its messages; `answer_size`: how many of the answer
+        are stored with it, which are remembered whole."""
+        most = max(KEEP, answer_size)
+        prints = lines_of(self.seen.kept(self._parts.clock.now_ms(), most))
+        return b"".join([*prints, *lines][-most:])
+
+    def _forget_other_bot(self) -> None:
+        if self.bot is not None and self.status is not Status.UNREAD:
+            self.state = _with_bots(self.state, self.bot.id, ())
+
+    def _open_window(self, opened: InboundReceived) -> None:
+        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.is_sending)
+        self.state = window.open_window(self.state, opened, now_ms, in_flight)
+
+
+def _with_bots(state: PersonState, bot: str, bots: Sequence[str]) -> PersonState:
+    """The state with this bot, whose token and cursor are those of no other, and with former bots."""
+    known = (*state.bots, *bots, state.bot)
+    former = tuple(dict.fromkeys(each for each in reversed(known) if each and each != bot))[::-1][-BOTS_KEPT:]
+    if state.bot == bot:
+        return state if former == state.bots else msgspec.structs.replace(state, bots=former)
+    return msgspec.structs.replace(state, bot=bot, bots=former, token="", cursor=None, cursor_after=0)

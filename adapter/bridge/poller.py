@@ -1,0 +1,697 @@
+"""Polls iLink for one bot. Knows neither HTTP nor NATS.
+
+    take → read → poll → receive → poll → … → release
+
+A poller takes its bot by writing its replica's name into the bot's poll key, once no other replica polls it. It reads
+the newest entry of its person, then polls. An answer is stored before the next poll, which lets iLink forget it. A
+poll that waits is cut only for a reason that cannot wait, since iLink may count an answer as delivered that nobody
+reads.
+
+The supervisor runs one `BotPoller` for each bot of the replica's partitions, and ends it by `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+
+from adapter.bindings.registry import mark_login, publish_login_event
+from adapter.bridge.parts import Parts
+from adapter.bridge.person import OVER, Person
+from adapter.bridge.receive import Receiver
+from adapter.bridge.sessions import BotSession
+from adapter.contract.names import shard_of
+from adapter.contract.records import Binding
+from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.kit.persist import persist
+from adapter.kit.timing import ChangeSignal, backoff, shield_with_grace
+from adapter.observability.decoding import log_once
+from adapter.ownership.polls import PollClaim
+from adapter.ports import HOLD_MS, Polled
+from adapter.security.seal import cursor_context
+
+log = structlog.get_logger()
+
+
+class State(enum.StrEnum):
+    """What a poller does, as `bindings`, `doctor` and the console show it."""
+
+    WAITING = "waiting"
+    """Another replica may still poll the bot."""
+    TAKING = "taking"
+    """The bot is taken, and its person's newest entry is read."""
+    POLLING = "polling"
+    """A long poll is out."""
+    STORING = "storing"
+    """An answer with messages is being stored; no poll starts."""
+    PAUSED = "paused"
+    """No poll starts, since NATS accepts no writes or the lease is not valid."""
+    RETRYING = "retrying"
+    """The last poll or step failed; the next one waits or is out."""
+    STALE = "stale"
+    """iLink has refused the bot's token (-14), which is tried a few times more; nothing is sent."""
+    NEEDS_LOGIN = "needs_login"
+    """iLink refuses the token; polls are rare, and a login is needed."""
+    RELEASING = "releasing"
+    """The bot is given back, to another replica or because it serves nobody."""
+    ENDED = "ended"
+    """The poller is over."""
+
+
+S = State
+TRANSITIONS: dict[State, set[State]] = {
+    S.WAITING: {S.TAKING, S.RETRYING, S.ENDED},
+    S.TAKING: {S.POLLING, S.PAUSED, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
+    S.POLLING: {S.TAKING, S.STORING, S.PAUSED, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
+    S.STORING: {S.POLLING, S.RETRYING, S.RELEASING},
+    S.PAUSED: {S.TAKING, S.POLLING, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
+    S.RETRYING: {S.WAITING, S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.STALE, S.NEEDS_LOGIN, S.RELEASING, S.ENDED},
+    S.STALE: {S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.RETRYING, S.NEEDS_LOGIN, S.RELEASING},
+    S.NEEDS_LOGIN: {S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.RETRYING, S.STALE, S.RELEASING},
+    S.RELEASING: {S.ENDED},
+    S.ENDED: set(),
+}
+"""The states that may follow each state, besides itself."""
+
+LONGEST_HOLD_MS = 60_000
+"""Longest hold that is assumed after client timeouts. A poll that timed out gets twice the time, whatever the server
+hints: a poll that is cut again and again may lose the answer that is just being written
+(docs/reference/ilink-protocol.md, "Rules for a client")."""
+ON_TIME_MS = 5_000
+"""An idle poll answered at most this long after the hinted hold confirms the hint."""
+INSTANT_S = 0.5
+"""An answer without news within this time was no long poll. The poller then slows down."""
+STALE_RETRY_S = (5.0, 30.0)
+"""Pauses between retries of a token that iLink has refused. They are few, since users wait for the word that a login
+is needed, and most such tokens stay dead."""
+LOGIN_POLLS_S = (300.0, 3600.0, 86_400.0)
+"""A binding that needs a login is polled so long after the verdict, then at this interval, and after
+LOGIN_POLLED_OFTEN_S at that one. A verdict may be wrong: iLink answers -14 for causes that pass."""
+LOGIN_POLLED_OFTEN_S = 3 * 86_400.0
+AFTER_CANCEL_S = 0.2
+"""Pause between a poll that was cut and the bot's next poll."""
+RELEASE_GRACE_S = 1.0
+"""Time of a poller that was cancelled to release its bot."""
+DEAD_PATH_AFTER = 3
+"""Consecutive client timeouts without any answer after which the connection counts as dead
+(docs/reference/ilink-protocol.md, "getupdates")."""
+QUERY_EVERY = 12
+"""Attempts to take a bot after which all replicas are asked for its poller. They last some 30 s, in which most polls
+of bots that are handed over end, so that few of thousands ask."""
+ANSWER_GRACE_S = 0.2
+"""Time for a poll that is cut to bring an answer that has arrived. After a pause of the process the answer may lie in
+the socket, and iLink may count it as delivered."""
+NOTIFY_S = 1.5
+"""Longest wait for iLink's answer to a notification, which is best effort (docs/reference/ilink-protocol.md, "Online
+state")."""
+TURN_S = 0.01
+"""Time for the loop to read its sockets. uvloop runs a timer of 0 before that."""
+
+
+class Wish(enum.IntEnum):
+    """What others want of a poller. A later one includes the earlier ones."""
+
+    NONE = 0
+    CUT = 1
+    """A pause or poll ends, since what it was made for has changed."""
+    STOP = 2
+    """The poller ends at the next poll boundary."""
+    STOP_NOW = 3
+    """It ends, and a poll that waits is cut."""
+
+
+class _Shown(msgspec.Struct):
+    """What a poller does, for operators."""
+
+    state: State
+    since: float
+    """Monotonic time since which it is in this state."""
+    why: str = ""
+    """Why it is in this state, if that is not the usual one."""
+
+
+class _Pace(msgspec.Struct):
+    """What the last polls tell about the next one."""
+
+    failures: int = 0
+    """Failed steps in a row."""
+    has_failed: bool = False
+    """The last poll, or what its answer asked for, has failed."""
+    timeouts: int = 0
+    """Consecutive polls without any answer."""
+    hold_ms: int = HOLD_MS
+    instants: int = 0
+    """Consecutive polls answered at once without news."""
+
+
+class _Refusal(msgspec.Struct):
+    """iLink has refused a token (-14), which is tried again."""
+
+    binding: Binding
+    words: str
+    times: int = 0
+    """Times that it was refused again."""
+
+
+class _Greeting(enum.Enum):
+    """What iLink was told of the bot."""
+
+    NEW = enum.auto()
+    """The first poll may not start yet."""
+    STARTED = enum.auto()
+    ANNOUNCED = enum.auto()
+    """iLink has confirmed that the bot is polled."""
+
+
+class BotPoller:
+    """Polls one bot, from when its partition is taken until it is released."""
+
+    def __init__(
+        self,
+        bot: str,
+        parts: Parts,
+        open_person: Callable[[Binding], Awaitable[Person | None]],
+        on_session_changed: Callable[[Binding], None],
+    ) -> None:
+        """`open_person`: the person of a binding once their partition works here; None: another replica owns it.
+        `on_session_changed`: called when a bot may or may no longer send, as its token is refused or taken again."""
+        self.bot = bot
+        self.person: Person | None = None
+        """Set once the bot is taken."""
+        self.session = BotSession()
+        self.shown = _Shown(State.WAITING, parts.clock.monotonic())
+        self.unanswered_since = 0.0
+        """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
+        pause."""
+        self.is_handed_over = False
+        """The partition was handed over; the bot is released after the poll that waits."""
+        self._parts = parts
+        self._open_person = open_person
+        self._on_session_changed = on_session_changed
+        self.claim: PollClaim | None = None
+        self._wish = Wish.NONE
+        self._wake = ChangeSignal()
+        """A pause is to end: `_wish` or `_releases` has changed."""
+        self._releases = 0
+        """Times that another replica may have released the bot."""
+        self._waiting: asyncio.Task[Any] | None = None
+        """This poller's task while a poll is out that `_end_poll` may cut."""
+        self._binding: Binding | None = None
+        """That of the last poll. The end of an unbound bot is announced to iLink with it, unless its token was
+        dead."""
+        self._greeting = _Greeting.NEW
+        self._pace = _Pace()
+        self._refusal: _Refusal | None = None
+
+    # for others -------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self.shown.state
+
+    @property
+    def stopping(self) -> bool:
+        """The poller ends at the next poll boundary."""
+        return self._wish >= Wish.STOP
+
+    @property
+    def has_answer(self) -> bool:
+        """An answer of iLink is not stored yet, or not even read."""
+        return self.state is State.STORING or self._parts.chat.has_answer(self.bot)
+
+    def stop(self, *, immediately: bool) -> None:
+        """Asks the poller to end at the next boundary or pause; with `immediately` also cuts a poll that waits."""
+        is_cut = immediately or self._waiting is None
+        self._wish = max(self._wish, Wish.STOP_NOW if is_cut else Wish.STOP)
+        if is_cut:
+            self.cancel_poll()
+
+    def cancel_poll(self, *, for_lease: bool = False) -> None:
+        """Ends a pause at once, and a poll after ANSWER_GRACE_S; not `for_lease` if that is valid again by then."""
+        if not self.stopping:
+            self._wish = Wish.CUT
+        elif self._wish is Wish.STOP:
+            self._wish = Wish.STOP_NOW
+        self._wake.notify_all()
+        if self._waiting is not None:
+            loop = asyncio.get_running_loop()
+            # After everything that is due by then. Otherwise an answer would be dropped that was read but has not
+            # woken the poller, or that arrived while the loop was busy: uvloop runs timers before it reads sockets.
+            end = partial(loop.call_soon, self._end_poll, for_lease)
+            loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
+
+    def on_polled(self) -> None:
+        """Another replica's poll of the bot has ended."""
+        self._releases += 1
+        self._wake.notify_all()
+
+    # the life of a poller ---------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serves the bot until it must stop, or its binding or partition is gone. One unit of work: never raises.
+
+        It is ended by `stop`. Cancellation would drop an answer that iLink may count as delivered.
+        """
+        sessions = self._parts.sessions
+        sessions.polled[self.bot], self.session.poll_now = self.session, self.cancel_poll
+        try:
+            await self._serve()
+        finally:
+            self._end_refusal()
+            self.session.is_taken, self.session.poll_now = False, None  # breaks a reference cycle
+            if self.claim is not None:
+                await shield_with_grace(self._release(self.claim), RELEASE_GRACE_S)
+            sessions.forget(self.bot, self.session)
+            self._enter(State.ENDED)
+
+    async def _serve(self) -> None:
+        """One poll after the other. The one place where they fail."""
+        parts, pace = self._parts, self._pace
+        while not self.stopping and parts.bindings.serving(self.bot) is not None:
+            retry_after_s = None
+            try:
+                while (binding := await self._prepare()) is not None and self.person is not None:
+                    await self._poll_once(binding, self.person)
+                return
+            except LeaseLost as exc:
+                log.info("poller.fenced", bot=self.bot, reason=exc.reason)
+                return
+            except AdapterError as exc:
+                await parts.ticks.wait_tick()  # iLink may have closed all connections at once
+                problem, retry_after_s = _problem(exc), getattr(exc, "retry_after_s", None)
+                failure = {"reason": exc.reason, "detail": exc.detail}
+            except Exception as exc:
+                problem = f"crashed: {type(exc).__name__}"
+                failure = {"reason": "crashed", "detail": type(exc).__name__}
+                log.exception("poller.crashed", bot=self.bot)
+                self._forget_person()  # it is read anew
+            pace.failures += 1
+            self._enter(State.RETRYING, problem)
+            log.warning("poll.failed", bot=self.bot, host=self._host(), **failure, failures=pace.failures)
+            wait_s = retry_after_s or backoff(pace.failures, first_s=0.5, longest_s=30.0)
+            if not self._must_stop():
+                await self._pause(wait_s + parts.clock.jitter(wait_s / 2))
+            self._end_cut()
+            await parts.ticks.wait_tick()
+
+    async def _prepare(self) -> Binding | None:
+        """Does all that comes before a poll, and returns the binding to poll with; None: the poller must stop, or the
+        bot is not bound. Raises LeaseLost, Refused, Temporary."""
+        parts = self._parts
+        serving = parts.bindings.serving(self.bot)
+        if self.person is None or (serving is not None and serving.key != self.person.key):
+            if (person := await self._take_bot()) is None:
+                return None
+            self.person = person
+        if self._greeting is _Greeting.NEW:
+            await self._pause(parts.starts.reserve_delay_s())
+            self._greeting = _Greeting.STARTED
+            if not self.stopping:
+                await self._notify(start=True)
+        self.unanswered_since = self.unanswered_since or parts.clock.monotonic()
+        binding = await self._wait_until_pollable(self.person)
+        if binding is not None and self.person.user and not binding.user:
+            binding = await self._learn_user(binding, self.person.user)
+        return binding
+
+    async def _learn_user(self, binding: Binding, user: str) -> Binding:
+        """Adds the user whom the first message has told. Raises LeaseLost, Temporary."""
+        self._check_owned(binding)
+        learned = await self._parts.bindings.update(
+            self.bot, lambda now: None if now.user else msgspec.structs.replace(now, user=user)
+        )
+        return learned or binding
+
+    def _forget_person(self) -> None:
+        self.person, self._greeting, self.session.is_taken = None, _Greeting.NEW, False
+
+    def _enter(self, state: State, why: str = "") -> None:
+        """Changes the state. Raises RuntimeError for a transition that is not in the table, which is a bug."""
+        if state is not self.state:
+            if state not in TRANSITIONS[self.state]:
+                raise RuntimeError(f"{self.state.name} to {state.name}")
+            self.shown = _Shown(state, self._parts.clock.monotonic())
+        self.shown.why = why
+
+    def _check_owned(self, binding: Binding) -> None:
+        """Raises LeaseLost unless this replica owns the partition of the bot's sandbox."""
+        self._parts.leases.ensure_owned(shard_of(binding.sandbox))
+
+    # taking -----------------------------------------------------------------------------------------
+
+    async def _take_bot(self) -> Person | None:
+        """Takes the bot once no other replica can poll it, and reads the newest entry; None: the poller must stop.
+        Raises Temporary, LeaseLost, Refused."""
+        attempts, parts = 0, self._parts
+        while not self._must_stop() and (binding := parts.bindings.serving(self.bot)) is not None:
+            self._check_owned(binding)
+            parts.sessions.account(binding)  # who cannot open the bot's token does not take it
+            released = partial(self._is_released_since, self._releases)
+            if self.claim is None:
+                self._enter(State.WAITING, self.shown.why)
+                async with parts.takeovers:
+                    taken = await parts.polls.take(self.bot)
+                if isinstance(taken, PollClaim):
+                    self.claim = taken
+                else:
+                    self.shown.why = f"{taken} has not released it"
+            if self.claim is not None:
+                self._enter(State.TAKING)
+                if (person := await self._open_person(binding)) is None:
+                    raise LeaseLost("shard_lost", self.bot)
+                await person.open()
+                await person.look()  # a former owner's poll may have brought something since
+                self.session.is_taken = True
+                return person
+            attempts += 1
+            if attempts % QUERY_EVERY == 0 and await parts.polls.clear_idle(self.bot, parts.others.is_idle):
+                continue
+            wait_s = backoff(attempts, first_s=0.1, longest_s=4.0)
+            wait_s += parts.clock.jitter(wait_s / 2)
+            await self._wake.wait_until(released, wait_s)
+            self._end_cut()  # the loop checks the reason again
+        return None
+
+    def _is_released_since(self, releases: int) -> bool:
+        return self._is_cut or self._releases != releases
+
+    # polling ----------------------------------------------------------------------------------------
+
+    async def _wait_until_pollable(self, person: Person) -> Binding | None:
+        """The binding to poll with, once the bus accepts writes and the lease is valid. A token that iLink has
+        refused is polled after a pause and a notifystart; a few times, then by LOGIN_POLLS_S.
+
+        None: the poller must stop, or the bot is no longer bound. Raises Temporary.
+        """
+        parts, bindings, clock, is_due = self._parts, self._parts.bindings, self._parts.clock, False
+        while not self.stopping:
+            if not parts.is_writable():
+                self._enter(State.PAUSED, "NATS accepts no writes.")
+                await parts.wait_writable()
+                continue
+            if not parts.leases.is_valid:
+                self._enter(State.PAUSED, "The lease of this replica is not valid.")
+                await self._wait_until(parts.leases.changed, lambda: parts.leases.is_valid)
+                await self._pause(parts.starts.reserve_delay_s())
+                await parts.ticks.wait_tick()
+                self.unanswered_since = clock.monotonic()
+                continue
+            binding, refusal = bindings.serving(self.bot), self._refusal
+            if binding is None or binding.key != person.key:
+                return binding
+            if person.status in OVER:  # until the unbind is applied, or given up
+                self._enter(State.PAUSED, "The end of the person's time is stored.")
+                await self._wait_until(bindings.changed, self._is_rebound(binding))
+                continue
+            if binding.event_pending:
+                words = refusal.words if refusal is not None else ""
+                binding = await publish_login_event(bindings, parts.events, binding, words)
+            if refusal is not None and refusal.binding != binding:
+                self._end_refusal()
+                refusal = None
+            if refusal is not None and refusal.times >= len(parts.stale_retry_s):
+                self._check_owned(binding)  # another replica may poll by now
+                await mark_login(bindings, clock, binding, "needs_login")
+                continue  # its event has the words of the refusal
+            if is_due:
+                await self._notify(start=True, even_stale=True)
+            if is_due or (binding.state != "needs_login" and refusal is None):
+                return binding
+            if refusal is not None:
+                self._enter(State.STALE, refusal.words)
+                pause_s = parts.stale_retry_s[refusal.times]
+            else:
+                self._enter(State.NEEDS_LOGIN, binding.reason)
+                passed_s = max(0, clock.now_ms() - binding.since_ms) / 1000
+                pause_s = login_poll_in_s(passed_s, parts.login_polls_s)
+                self._binding = binding
+            is_due = not await self._wait_until(bindings.changed, self._is_rebound(binding), pause_s)
+            self._end_cut()  # the loop checks the reason again
+            self.unanswered_since = clock.monotonic()
+        return None
+
+    async def _poll_once(self, binding: Binding, person: Person) -> None:
+        """One long poll, and what its answer asks for. Raises LeaseLost, Refused, Temporary."""
+        parts, pace, began = self._parts, self._pace, self._parts.clock.monotonic()
+        if binding.key != person.key:
+            return  # the bot serves another person: `_prepare` takes them
+        if not pace.has_failed:  # only what comes before a poll
+            pace.failures = 0
+        pace.has_failed = True  # until all of it is done
+        if binding.state == "needs_login":
+            self._enter(State.NEEDS_LOGIN, binding.reason)
+        elif self._refusal is not None:
+            self._enter(State.STALE, self._refusal.words)
+        elif pace.failures or pace.timeouts >= DEAD_PATH_AFTER:
+            self._enter(State.RETRYING, self.shown.why)
+        else:
+            self._enter(State.POLLING)
+        started = person.position
+        try:
+            polled = await self._poll(binding, self._cursor_of(person, binding))
+        except SessionExpired as exc:
+            parts.metrics.polls.labels(outcome="stale_token").inc()
+            await self._on_refused(exc)
+            return
+        except Temporary:
+            parts.metrics.polls.labels(outcome="error").inc()
+            raise
+        if polled is None:
+            await self._on_no_answer()
+            return
+        pace.timeouts = 0
+        self.unanswered_since = self.session.polled_at = now = parts.clock.monotonic()
+        parts.sessions.changed.notify_all()
+        is_new, has_news = polled.cursor not in (None, person.state.cursor), True
+        if polled.messages:
+            parts.metrics.polls_full.inc()
+            pace.hold_ms = max(pace.hold_ms, polled.hold_ms)
+            self._enter(State.STORING)
+            await parts.ticks.wait_tick()
+            has_news = await Receiver(self.bot, person, parts).receive(polled, binding, started)
+            self._enter(State.POLLING)
+        else:
+            parts.metrics.polls_empty.inc()
+            is_on_time = (now - began) * 1000 <= polled.hold_ms + ON_TIME_MS
+            pace.hold_ms = polled.hold_ms if is_on_time else max(pace.hold_ms, polled.hold_ms)
+            await parts.wakeups.wait_for_batch()
+            if polled.cursor is not None and person.position <= started:  # else another owner's is newer
+                person.on_cursor(polled.cursor)
+        if binding.state == "needs_login" or self._refusal is not None:
+            await self._on_accepted(binding)
+        if polled.overlong:  # iLink may repeat the same messages for ever
+            raise Temporary("cursor_too_long", f"The cursor has {polled.overlong} characters and cannot be kept.")
+        if not has_news:
+            raise Temporary("repeated", "iLink has only repeated what is known, with the same cursor.")
+        pace.failures, pace.has_failed = 0, False
+        is_instant = now - began < INSTANT_S and not (polled.messages and is_new)
+        pace.instants = pace.instants + 1 if is_instant else 0
+        if pace.instants > 1:
+            await self._pause(0.25 + parts.clock.jitter(0.25))
+        if not (self._greeting is _Greeting.ANNOUNCED or polled.messages or self.stopping):
+            await self._notify(start=True)  # one client had its sends refused until iLink knew of the bot
+
+    def _cursor_of(self, person: Person, binding: Binding) -> str:
+        """iLink's newest cursor; that of the bind as long as neither entry nor record has one, or that of before."""
+        known, parts, context = person.state.cursor, self._parts, cursor_context(self.bot)
+        if known is not None:
+            return known
+        try:
+            if binding.start_cursor:
+                return parts.sealer.open(context, binding.start_cursor)
+            if self.claim is not None and self.claim.sealed:
+                return parts.sealer.open_bytes(context, self.claim.sealed).decode()
+        except Refused as exc:
+            log_once("cursor.unopenable", bot=self.bot, detail=exc.detail)
+        return ""
+
+    async def _poll(self, binding: Binding, cursor: str) -> Polled | None:
+        """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost,
+        Refused."""
+        self._check_owned(binding)
+        if self.claim is not None:
+            self.claim.check()
+        self._binding = binding
+        account = self._parts.sessions.account(binding)
+        if self._is_cut:
+            return None
+        task = self._waiting = asyncio.current_task()
+        assert task is not None
+        try:
+            polled = await self._parts.chat.poll(account, cursor, self._pace.hold_ms)
+        except asyncio.CancelledError:
+            polled = None
+        finally:
+            if self._waiting is None:  # it was cut, and may have ended with an answer all the same
+                task.uncancel()
+            self._waiting = None
+        if task.cancelling():  # the poller is to end
+            raise asyncio.CancelledError
+        return polled
+
+    def _end_poll(self, for_lease: bool) -> None:
+        """Ends the waiting poll, even one that began after `cancel_poll`, since the reason still holds; not one that
+        has its answer."""
+        if for_lease and self.claim is not None:
+            with contextlib.suppress(LeaseLost):
+                return self.claim.check()  # it never belonged to another replica
+        if self._waiting is not None and self._is_cut and not self.has_answer:
+            waiting, self._waiting = self._waiting, None
+            waiting.cancel()
+
+    async def _on_no_answer(self) -> None:
+        """Handles a poll that was cut, or got no answer within its hold and the client's margin."""
+        parts, pace = self._parts, self._pace
+        if self._is_cut:
+            self._end_cut()
+            # iLink may see the new poll before the old connection ends, and report two pollers
+            await self._pause(AFTER_CANCEL_S)
+            await parts.ticks.wait_tick()
+            return
+        pace.timeouts += 1
+        pace.hold_ms = min(LONGEST_HOLD_MS, 2 * pace.hold_ms)
+        parts.metrics.polls.labels(outcome="client_timeout").inc()
+        if pace.timeouts >= DEAD_PATH_AFTER:
+            log.warning("poll.dead_path", bot=self.bot, host=self._host(), timeouts=pace.timeouts)
+            self.shown.why = f"iLink has not answered {pace.timeouts} polls in a row."
+
+    # a token that iLink refuses ---------------------------------------------------------------------
+
+    async def _on_refused(self, exc: SessionExpired) -> None:
+        """Handles -14 to a poll: the bot neither polls nor sends except for a few spaced retries, and then needs a
+        login (`_wait_until_pollable`). docs/reference/ilink-protocol.md, "Stale token", has what is known of -14.
+        Raises Temporary."""
+        parts = self._parts
+        binding, refusal = parts.bindings.get(self.bot), self._refusal
+        if binding is None or binding.state == "needs_login":
+            return
+        if refusal is not None and refusal.binding == binding:
+            refusal.times += 1
+            return
+        self._enter(State.STALE, exc.detail)
+        log.warning("session.stale", bot=self.bot, sandbox=binding.sandbox, detail=exc.detail)
+        self._refusal = _Refusal(binding, exc.detail)
+        self.session.is_stale = True
+        parts.sessions.changed.notify_all()
+        self._on_session_changed(binding)
+        advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
+        try:
+            await parts.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
+        except BaseException:  # the next refusal is told again
+            self._end_refusal()
+            raise
+
+    async def _on_accepted(self, binding: Binding) -> None:
+        """The verdict on a refused token was wrong, or is not true any more. Raises LeaseLost."""
+        parts, claim = self._parts, self.claim
+        assert claim is not None
+        if binding.state == "needs_login":
+            tell: Callable[[], Awaitable[object]] = partial(
+                mark_login, parts.bindings, parts.clock, binding, "active"
+            )
+        else:
+            self._end_refusal()
+            tell = partial(parts.events.publish_binding_event, binding.event("recovered"))
+        await persist(tell, claim, parts.clock, "binding", bot=self.bot)
+        log.info("session.recovered", bot=self.bot)
+
+    def _end_refusal(self) -> None:
+        if self._refusal is not None:
+            self._refusal, self.session.is_stale = None, False
+            if now := self._parts.bindings.get(self.bot):
+                self._on_session_changed(now)
+
+    # the end ----------------------------------------------------------------------------------------
+
+    async def _release(self, claim: PollClaim) -> None:
+        """Removes this replica's name from the poll key, so that the next owner need not wait for the lease to
+        expire.
+
+        Retries until it succeeds, since no other replica can take the bot while this replica lives.
+        """
+        parts = self._parts
+        self._enter(State.RELEASING)
+
+        async def release() -> bool:
+            is_unbound = parts.bindings.serving(self.bot) is None
+            cursor = self.person.state.cursor if is_unbound and self.person is not None else None
+            sealed = parts.sealer.seal_bytes(cursor_context(self.bot), cursor.encode()) if cursor else b""
+            await claim.release(sealed=sealed, ttl_s=parts.keep_s if is_unbound else 0)
+            return is_unbound
+
+        try:
+            is_unbound = await persist(release, claim, parts.clock, "release", bot=self.bot)
+        except LeaseLost:
+            return
+        await parts.others.publish_polled(self.bot)
+        if is_unbound or (self.is_handed_over and parts.leases.is_alone):
+            await self._notify(start=False)  # otherwise the next owner has already told iLink that it polls
+
+    # small things -----------------------------------------------------------------------------------
+
+    async def _notify(self, *, start: bool, even_stale: bool = False) -> None:
+        """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
+        parts, binding = self._parts, self._parts.bindings.get(self.bot) or self._binding
+        if binding is None or not (even_stale or binding.state == "active"):
+            return
+        try:
+            async with asyncio.timeout(NOTIFY_S):
+                await parts.chat.notify(parts.sessions.account(binding), start=start)
+            self._greeting = _Greeting.ANNOUNCED if start else _Greeting.STARTED
+        except (AdapterError, TimeoutError) as exc:
+            reason = exc.reason if isinstance(exc, AdapterError) else "timeout"
+            log.info("notify.failed", bot=self.bot, host=self._host(), start=start, reason=reason)
+
+    def _host(self) -> str:
+        """Where iLink is for the bot, for the log."""
+        binding = self._parts.bindings.get(self.bot) or self._binding
+        return self._parts.chat.host_of(binding.base_url) if binding is not None else ""
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._wish in (Wish.CUT, Wish.STOP_NOW)
+
+    def _end_cut(self) -> None:
+        """What was cut is over; a wish to stop stays."""
+        if self._wish is Wish.CUT:
+            self._wish = Wish.NONE
+
+    def _must_stop(self) -> bool:
+        """`stopping`, read after an await, where a type checker would assume the earlier value."""
+        return self.stopping
+
+    def _is_rebound(self, binding: Binding) -> Callable[[], bool]:
+        """A condition: the bot's binding differs from `binding`."""
+        return lambda: self._parts.bindings.get(binding.bot) != binding
+
+    async def _pause(self, seconds: float) -> None:
+        """Waits, unless `cancel_poll` was called."""
+        await self._wake.wait_until(lambda: self._is_cut, seconds)
+
+    async def _wait_until(
+        self, change: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
+    ) -> bool:
+        """Waits until `holds()` or the poller must stop; False after `timeout_s` seconds."""
+        return await change.wait_until(lambda: self.stopping or holds(), timeout_s, also=self._wake)
+
+
+def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
+    """Seconds until the next poll of a binding that has needed a login for `passed_s` seconds. Its time depends on
+    nothing else, so that no takeover makes it earlier or later."""
+    first_s, often_s, rarely_s = polls_s
+    if passed_s < first_s:
+        return first_s - passed_s
+    every_s = often_s if passed_s < LOGIN_POLLED_OFTEN_S else rarely_s
+    return every_s - passed_s % every_s
+
+
+def _problem(exc: AdapterError) -> str:
+    """As it is shown with the bot."""
+    return f"{exc.reason}: {exc.detail}" if exc.detail else exc.reason

@@ -1,0 +1,783 @@
+"""Sends a person's commands: one queue, in order, one request at a time.
+
+`run` is one coroutine, which lives while there is work. It takes the first command, waits until that may be sent,
+stores what it is about to do, makes the request, publishes the receipt, and acknowledges the command. After each wait
+it looks at the state again. What is decided is in `sending` and `window`. This is the one place that parks and
+expires commands.
+
+A command stays in `WECHAT_OUT` until its final receipt is stored, so a new owner begins where this one ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import enum
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import structlog
+
+from adapter.bridge import sending, window
+from adapter.bridge.commands import MERGE_SEPARATOR, MediaPart, client_id
+from adapter.bridge.inflight import InFlight
+from adapter.bridge.parts import Parts
+from adapter.bridge.receipts import Address
+from adapter.bridge.record import SendProgress
+from adapter.bridge.sending import CommandResult, QueuedCommand, ServingBot
+from adapter.bridge.typing_indicator import TypingIndicators
+from adapter.bridge.uploads import StoreAway
+from adapter.content.dedup import bot_of
+from adapter.contract.messages import Window
+from adapter.errors import (
+    AdapterError,
+    BusRefused,
+    Crashed,
+    LeaseLost,
+    RecordTooNew,
+    Refused,
+    SessionExpired,
+    StaleRead,
+    Temporary,
+    Throttled,
+    Uncertain,
+)
+from adapter.kit.persist import ATTEMPTS, persist
+from adapter.kit.timing import ChangeSignal, backoff
+from adapter.ownership.tenure import Tenure
+from adapter.ports import Accepted, Content
+
+if TYPE_CHECKING:
+    from adapter.bridge.person import Person
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+MAX_TOGETHER = 16
+"""Most commands that are parked or ended together, so that an inbound message waits for no more than these."""
+LONGEST_WAIT_S = 3600.0
+"""Longest timer, since the clock may be set and the machine may sleep."""
+LOGIN_CHECK_S = 60.0
+"""Interval at which a queue that waits for a login looks at the binding, in case its update was lost."""
+UNREADABLE_S = 5.0
+"""Pause before what cannot be read here is read again: a newer version wrote it, or no known key opens it."""
+SESSION_PAUSE_S = 1.0
+"""Pause before a request is tried again to which iLink answered -14 although the session is alive."""
+LOST_HEAD_S = 1.0
+"""Interval at which a queue looks again whose head is somebody else's."""
+LOOK_EVERY_S = 30.0
+"""Shortest time between two looks at the newest entry before something is parked."""
+SHORTEST_WAIT_S = 0.01
+PREPARE_FAILED = "prepare failed"
+"""iLink's words with a -2 that may also mean that it has forgotten the bot's session
+(docs/reference/ilink-protocol.md, "Refused sends")."""
+OTHER_USER = CommandResult(
+    "refused", "other_user", "The command answers no message of this person: name the `user` of it."
+)
+_NOTHING = 0, 0, 0, ""
+
+
+class Phase(enum.IntEnum):
+    """What `run` does."""
+
+    IDLE = 0
+    """It does not run."""
+    WAITING = 1
+    """It prepares or waits; nothing is lost if it ends."""
+    ACTING = 2
+    """From the slot for a request until its receipts are stored: a drain lets this end."""
+    SENDING = 3
+    """A request is counted, and has no answer yet."""
+
+
+class _Head(msgspec.Struct):
+    """What concerns the first command alone."""
+
+    failures: int = 0
+    """Requests in a row that iLink did not take."""
+    rejections: int = 0
+    """Times that iLink answered -14 while the session was alive."""
+    has_looked: bool = False
+    """The receipt of what is about to be repeated was asked for."""
+    content: Content | None = None
+    """What the message in progress sends, if it was uploaded or merged here."""
+    content_of: tuple[int, int, int, str] = _NOTHING
+    """Whose it is: sequence of the first command, number of the part, commands merged with it, bot."""
+    refusal: CommandResult | None = None
+    """iLink's answer after which the queue waits."""
+
+
+class _Pace(msgspec.Struct):
+    """When the next request may be made. Times are monotonic."""
+
+    not_before: float = -math.inf
+    """The gap, or the pause after a failure."""
+    posted_at: float = -math.inf
+    unanswered_at: float = -math.inf
+    """When the request under way was made first, and was over without an answer; or when the record was read that
+    says so."""
+    looked_at: float = -math.inf
+    """When the newest entry was read before something was parked."""
+    uncertain: int = 0
+    """Commands in a row that ended `uncertain`."""
+
+
+class Sender:
+    """Sends for one person."""
+
+    def __init__(
+        self, person: Person, parts: Parts, tenure: Tenure, commands: InFlight, typing: TypingIndicators
+    ) -> None:
+        self.queue: list[QueuedCommand] = []
+        """In the order of their sequences."""
+        self.reason = ""
+        """Why the queue waits; "" if it does not."""
+        self._person = person
+        self._parts = parts
+        self._tenure = tenure
+        self._commands = commands
+        self._typing = typing
+        self._task: asyncio.Task[None] | None = None
+        self._phase = Phase.IDLE
+        self._is_leaving = False
+        """Nothing more is begun: another replica may own the person."""
+        self._must_save = False
+        self._changed = ChangeSignal()
+        self._version = 0
+        """Number of changes by others."""
+        self._expires_ms = math.inf
+        """No command expires before."""
+        self._alone_up_to = 0
+        """Commands up to this sequence are not merged."""
+        self._head = _Head()
+        self._pace = _Pace()
+
+    # what others tell it ----------------------------------------------------------------------------
+
+    def enqueue(self, command: QueuedCommand) -> None:
+        """Takes a command. One whose message is in progress goes first all the same."""
+        queue = self.queue
+        if not queue or queue[-1].sequence < command.sequence:
+            queue.append(command)
+        else:
+            bisect.insort(queue, command, key=lambda each: each.sequence)
+        self._expires_ms = min(self._expires_ms, command.expires_ms)
+        self.on_change()
+
+    def on_restored(self) -> None:
+        """Entry and record were read."""
+        self._pace.posted_at = self._pace.unanswered_at = self._parts.clock.monotonic()
+        self.on_change()
+
+    def on_inbound(self) -> None:
+        """The user has written."""
+        self._head.refusal = None
+        self.on_change()
+
+    def on_user(self) -> None:
+        """The person's user is known now: what waits may name another one, and is looked at one by one."""
+        self._alone_up_to = max([self._alone_up_to, *(command.sequence for command in self.queue)])
+        self.on_change()
+
+    def on_binding(self) -> None:
+        """Another bot serves the person, or none."""
+        if self._person.bot is None:
+            self._typing.hide(self._person.key.sandbox, self._person.user)
+        self.on_change()
+
+    def on_change(self) -> None:
+        """Has `run` look at the state."""
+        self._version += 1
+        if self._task is not None:
+            self._changed.notify_all()
+        elif (self.queue or self._must_save) and not self._is_leaving:
+            self._task = asyncio.get_running_loop().create_task(self.run())
+
+    def save_soon(self) -> None:
+        """Stores the record."""
+        self._must_save = True
+        self.on_change()
+
+    def show_typing(self) -> None:
+        """Shows the typing indicator. Best effort."""
+        person, bot = self._person, self._person.bot
+        if bot is not None and bot.account.token and not self._is_leaving:
+            self._typing.show(bot.account, person.key.sandbox, person.user, person.state.token)
+
+    @property
+    def is_sending(self) -> bool:
+        """A request is counted, and has no answer yet."""
+        return self._phase is Phase.SENDING
+
+    @property
+    def is_running(self) -> bool:
+        return self._task is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in its hands."""
+        return self._task is None and not self.queue
+
+    def drain(self) -> asyncio.Task[None] | None:
+        """Lets a request under way end, and nothing else."""
+        self._is_leaving = True
+        if self._task is not None and self._phase < Phase.ACTING:
+            self._task.cancel()
+        return self._task
+
+    def stop(self) -> None:
+        """Ends at once, since the partition is another replica's."""
+        self._is_leaving = True
+        if self._task is not None:
+            self._task.cancel()
+
+    # the loop ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Works until no command is left and the record is stored. Between "nothing to do" and its end nothing is
+        awaited, so nothing is missed."""
+        clock, sandbox = self._parts.clock, self._person.key.sandbox
+        crashes = failures = 0
+        try:
+            while (self.queue or self._must_save) and not self._is_leaving:
+                head, self._phase = self.queue[0] if self.queue else None, Phase.WAITING
+                try:
+                    await self._step()
+                    failures = 0
+                except LeaseLost:
+                    await self._tenure.valid()
+                except StaleRead:  # what was decided by the older record counts no more
+                    self._begin_head()
+                    for command in self.queue:
+                        command.is_checked = False
+                except Exception as exc:
+                    if isinstance(exc, Temporary | BusRefused):  # the bus or the object store is away
+                        failures += 1
+                        log.warning("person.retrying", sandbox=sandbox, reason=exc.reason, detail=exc.detail)
+                        await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+                        continue
+                    crashes = crashes + 1 if self.queue and self.queue[0] is head else 1
+                    log.exception("person.crashed", sandbox=sandbox, crashes=crashes)
+                    await self._after_crash(exc, crashes)
+        except LeaseLost:
+            log.debug("person.fenced", sandbox=sandbox)
+        finally:
+            self._task, self._phase = None, Phase.IDLE
+
+    async def _after_crash(self, exc: Exception, crashes: int) -> None:
+        """The third crash ends the first command. Commands that were merged are tried one by one before."""
+        if self.queue and crashes >= ATTEMPTS:
+            await self._end([(self.queue[0], _crashed(self.queue[0], type(exc).__name__))])
+            return
+        if self.queue:
+            self._alone_up_to = max(self._alone_up_to, self.queue[: sending.MERGED_AT_ONCE][-1].sequence)
+        await self._parts.clock.sleep(backoff(crashes, first_s=0.5))
+
+    async def _open(self) -> bool:
+        """Reads entry and record. False: they cannot be read here, and nothing is sent until they can. Raises
+        Temporary, LeaseLost."""
+        try:
+            await self._person.open()
+        except (RecordTooNew, Refused):
+            now_ms, result = self._parts.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
+            # one that a former owner may have begun stands in the record, and is for who can read it
+            checked = [command for command in self.queue if command.is_checked]
+            await self._end([(command, result) for command in checked if command.expires_ms <= now_ms])
+            left_s = [(each.expires_ms - now_ms) / 1000 for each in checked if each.expires_ms > now_ms]
+            await self._parts.clock.sleep(min([UNREADABLE_S, *left_s]))
+            return False
+        return True
+
+    async def _step(self) -> None:
+        """Does the next thing for the first command."""
+        parts, person, queue = self._parts, self._person, self.queue
+        await parts.ticks.wait_tick()
+        if not person.is_open and not await self._open():
+            return
+        if self._must_save:
+            self._must_save = False
+            await self._save()
+        if not queue:
+            return
+        now_ms, seen = parts.clock.now_ms(), self._version
+        head, progress, self.reason = queue[0], person.state.head, ""
+        if self._expires_ms <= now_ms:
+            await self._end_expired(now_ms)
+        elif not head.is_checked:
+            await self._look_up(queue[:MAX_TOGETHER])
+        elif person.bot is None and not (bindings := parts.bindings).is_current:
+            await bindings.changed.wait_until(lambda: bindings.is_current)
+            person.check_binding()
+        elif person.bot is None:
+            result = CommandResult("refused", "not_bound", sending.UNSERVED)
+            await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
+        elif progress is not None and not progress.has_command(head.ref.sequence):
+            await self._find_head(progress, seen)
+        elif ended := self._end_of(head, person.bot):
+            await self._end([(command, ended) for command in sending.in_progress(queue, person.state) or [head]])
+        elif progress is None and sending.earlier(head, person.state) is not None:
+            if (repeated := await self._result_of_repeat(head)) is not None:
+                await self._end([(head, repeated)])
+        elif reason := sending.blocker(head, person.state, person.bot, parts.policy, now_ms):
+            self.reason = reason
+            await self._wait_blocked(head, reason, seen)
+        elif head.typing:
+            if head.typing == "on":
+                self.show_typing()
+            await self._end([(head, CommandResult("accepted"))])
+        elif (due_s := self._next_due_s(person.bot)) > 0:
+            await self._wait(due_s, seen, person.bot)
+        elif progress is not None and progress.unanswered_attempts and not self._head.has_looked:
+            self._head.has_looked = True  # another owner may have ended it since
+            for command in (group := sending.in_progress(queue, person.state)):
+                command.is_checked = False
+            await self._look_up(group)
+        else:
+            await self._send(person.bot)
+
+    async def _find_head(self, progress: SendProgress, seen: int) -> None:
+        """Puts the commands of the message in progress first, waits for them, or finds that they are over."""
+        if any(progress.has_command(command.ref.sequence) for command in self.queue):
+            self.queue.sort(key=lambda each: (not progress.has_command(each.ref.sequence), each.sequence))
+        elif any(map(self._commands.has, progress.commands)):  # they are looked up before they come here
+            await self._wait(LOST_HEAD_S, seen)
+        else:  # the previous owner ended them, and did not store that
+            self._person.state = sending.without_lost_head(self._person.state)
+            self._begin_head()
+
+    async def _end_expired(self, now_ms: int) -> None:
+        result = CommandResult("refused", "expired", sending.EXPIRED)
+        expired = sending.expired(self.queue, self._person.state, now_ms)[: sending.MERGED_AT_ONCE]
+        if expired:
+            await self._end([(command, await self._result_of_repeat(command) or result) for command in expired])
+        else:
+            self._expires_ms = min(command.expires_ms for command in self.queue)
+
+    async def _look_up(self, commands: Sequence[QueuedCommand]) -> None:
+        """Finds the receipts of commands that somebody may have worked on before, and ends those that are over."""
+        asked = [command for command in commands if not command.is_checked]
+        found = await self._commands.find(self._person.key.sandbox, asked)
+        for command in asked:
+            command.is_checked = True
+            if (result := found.get(command.sequence)) is None or command not in self.queue:
+                continue
+            group = sending.in_progress(self.queue, self._person.state)
+            self._leave(command, result)
+            await self._commands.acknowledge(command)
+            if result.may_be_sent and command in group:  # one message, one answer
+                await self._end([(each, result) for each in group if each is not command])
+
+    def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
+        """The result of a command for which no request is to be made; None: one is, unless it repeats a command."""
+        progress = self._person.state.head
+        if progress is not None:
+            if progress.part >= head.part_count:
+                return sending.accepted_result(progress)
+            is_foreign = progress.merged and progress.is_partially_sent and self._head.content_of[0] != head.sequence
+            if is_foreign or not sending.is_repeatable(progress, bot.id):
+                detail = "iLink gave no answer that can be read, and is not asked again: that might show it twice."
+                return CommandResult("uncertain", "", detail)
+            return None
+        if head.user and self._person.user not in ("", head.user):
+            return CommandResult("refused", "not_bound", sending.UNSERVED)
+        return OTHER_USER if self._answers_other(head) else None
+
+    async def _result_of_repeat(self, command: QueuedCommand) -> CommandResult | None:
+        """The result of a command whose id an earlier one had that may have been sent. None: it is no repeat."""
+        person = self._person
+        if (first := sending.earlier(command, person.state)) is None:
+            return None
+        result = await self._commands.result_of_repeat(command, first)
+        if result is None:  # it was refused, and its owner could not store that
+            recent = [ref for ref in person.state.recent if ref != first]
+            person.state = msgspec.structs.replace(person.state, recent=recent)
+        elif first.sequence == command.ref.sequence:  # it has ended, and its receipt could not be stored
+            return msgspec.structs.replace(result, repeat_of=0)
+        return result
+
+    # waiting ----------------------------------------------------------------------------------------
+
+    def _next_due_s(self, bot: ServingBot) -> float:
+        """Seconds until the next request may be made."""
+        now, pace = self._parts.clock.monotonic(), self._pace
+        due_s, progress = pace.not_before - now, self._person.state.head
+        if progress is not None and progress.unanswered_attempts:
+            is_answering = self._is_answering(bot, progress)
+            over_s, posted_s = now - pace.unanswered_at, now - pace.posted_at
+            due_s = max(due_s, sending.repeat_due_s(over_s, posted_s, is_answering=is_answering))
+        return due_s
+
+    def _is_answering(self, bot: ServingBot, progress: SendProgress) -> bool:
+        """Whether iLink has answered a request of anybody that began since it left one of this person without an
+        answer: after a lost connection any request, else a send."""
+        successes = self._parts.successes
+        return successes.since(bot.account.base_url, self._pace.unanswered_at, of_any=progress.was_reset)
+
+    async def _wait(self, due_s: float, seen: int, bot: ServingBot | None = None) -> None:
+        """Waits until something is due or has changed. `bot`: through which a request is to be made. For a repeat
+        iLink is asked meanwhile whether it answers."""
+        parts, progress = self._parts, self._person.state.head
+        expiry_s = (self._expires_ms - parts.clock.now_ms()) / 1000
+        due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
+        if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
+            await self._changed.wait_until(lambda: self._version != seen, due_s)
+            return
+        ask_s = sending.REPEAT_AFTER_S + self._pace.unanswered_at - parts.clock.monotonic()
+        if ask_s <= 0:
+            ask_s = parts.successes.ask(parts.chat, bot.account, self._person.key)
+        await self._changed.wait_until(
+            lambda: self._version != seen or self._is_answering(bot, progress),
+            min(due_s, ask_s),
+            also=parts.successes.changed,
+        )
+
+    async def _wait_blocked(self, head: QueuedCommand, reason: str, seen: int) -> None:
+        """Parks or refuses what was told nothing yet; then waits for a change."""
+        parts, queue = self._parts, self.queue
+        unparked = [each for each in queue if not each.parked][:MAX_TOGETHER]
+        if any(not command.is_checked for command in unparked):
+            await self._look_up(unparked)
+            return
+        if unparked and reason != "needs_login":
+            await self._look_behind()
+            if self._version != seen:
+                return
+        told = [(each, self._told(each, head, reason)) for each in unparked]
+        if told:
+            await asyncio.gather(*(self._park_or_end(each, result) for each, result in told))
+        else:
+            due_s = LOGIN_CHECK_S if reason == "needs_login" else math.inf
+            if reason == "throttled":
+                probes_ms = window.probes_at_ms(self._person.state.window, parts.policy.window)
+                due_s = (probes_ms - parts.clock.now_ms()) / 1000
+            await self._wait(due_s, seen)
+            self._person.check_binding()
+
+    async def _look_behind(self) -> None:
+        """Before something is parked or refused: another replica may have stored what opens the window, if it holds
+        an older poll."""
+        now, person = self._parts.clock.monotonic(), self._person
+        is_here = person.bot is not None and self._parts.sessions.is_polled_here(person.bot.id)
+        if is_here or now - self._pace.looked_at < LOOK_EVERY_S:
+            return
+        self._pace.looked_at = now
+        try:
+            await person.look()
+        except (Temporary, Refused) as exc:
+            log.info("person.retrying", sandbox=person.key.sandbox, work="look", reason=exc.reason)
+
+    def _told(self, command: QueuedCommand, head: QueuedCommand, reason: str) -> CommandResult:
+        """What a command is told that has to wait. The first one is told what iLink answered."""
+        if self._answers_other(command):
+            return OTHER_USER
+        result = sending.while_blocked(command, reason, is_head=command is head)
+        answer, self._head.refusal = self._head.refusal, None
+        if answer is None:
+            return result
+        return msgspec.structs.replace(answer, outcome=result.outcome, reason=result.reason)
+
+    def _answers_other(self, command: QueuedCommand) -> bool:
+        """Whether a command answers a message that this person has not written."""
+        if not command.reply_to:
+            return False
+        author, bot, state = bot_of(command.reply_to), self._person.bot, self._person.state
+        return bool(author) and author not in (bot.id if bot is not None else "", state.bot, *state.bots)
+
+    async def _park_or_end(self, command: QueuedCommand, result: CommandResult) -> None:
+        if result.outcome == "parked":
+            try:
+                await self._commands.tell(command, result, self._address, self._shown)
+            except StaleRead:
+                command.is_checked = False
+                return
+            except Crashed as exc:
+                result = CommandResult("dead_lettered", exc.reason, exc.detail)
+            else:
+                command.parked = True
+                self._head.content_of = _NOTHING  # what was uploaded may be gone when its turn comes
+                self._commands.release_body(command)
+                self._typing.hide(self._person.key.sandbox, self._person.user)
+                return
+        await self._end([(command, result)])
+
+    # sending ----------------------------------------------------------------------------------------
+
+    async def _send(self, bot: ServingBot) -> None:
+        """Makes the next request for the first command, or the step that has to come before it."""
+        parts, person = self._parts, self._person
+        group = sending.next_message(self.queue, person.state, parts.policy, self._alone_up_to)
+        if missing := [command for command in group if command.parts is None]:
+            await self._read(missing)
+            return
+        is_begun = person.state.head is not None and person.state.head.is_partially_sent
+        if len(group) > 1 and not is_begun:
+            group = sending.mergeable_prefix(group, parts.policy.merge_bytes)
+        progress, head = sending.begun(group, person.state, bot.id), self._head
+        content_of = group[0].sequence, progress.part, progress.merged, bot.id
+        if progress.merged and not is_begun:
+            head.content, head.content_of = MERGE_SEPARATOR.join(map(sending.only_text, group)), content_of
+        content = head.content if head.content_of == content_of else None
+        if content is None:
+            part = (group[0].parts or [])[progress.part]
+            if isinstance(part, MediaPart):
+                await self._upload(part, bot, group, content_of)
+                return
+            content = part
+        slots, sandbox = parts.slots[bot.account.base_url], person.key.sandbox
+        if not (is_free := slots.try_acquire(sandbox)):
+            await slots.acquire(sandbox)
+        try:
+            if not is_free and (
+                sending.blocker(group[0], person.state, bot, parts.policy, parts.clock.now_ms())
+                or not self._is_wanted(bot, group)
+            ):
+                return
+            self._phase = Phase.ACTING
+            answer = await self._request(bot, progress, content, group)
+        finally:
+            slots.release(sandbox)
+            self._phase = min(self._phase, Phase.ACTING)
+        if answer is not None:
+            await self._after(answer, bot, group, content)
+
+    def _is_wanted(self, bot: ServingBot, group: list[QueuedCommand]) -> bool:
+        """Whether a message may still be sent after something was awaited."""
+        is_same = self._person.bot == bot and self.queue[:1] == group[:1] and not self._is_leaving
+        return is_same and min([each.expires_ms for each in group]) > self._parts.clock.now_ms()
+
+    async def _request(
+        self, bot: ServingBot, progress: SendProgress, content: Content, group: list[QueuedCommand]
+    ) -> Accepted | AdapterError | None:
+        """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
+        parts, person, clock = self._parts, self._person, self._parts.clock
+        self._phase = Phase.SENDING
+        if not progress.unanswered_attempts:
+            self._pace.posted_at = clock.monotonic()
+        before = person.state
+        person.state = window.record_attempt(before, progress, clock.now_ms())
+        self._pace.not_before = clock.monotonic() + parts.policy.gap_ms / 1000
+        try:
+            while not person.is_saved:  # a token is in the bucket before a request uses it
+                await person.save(before)
+            is_wanted = person.state.head is not None and self._is_wanted(bot, group)
+        except StaleRead:
+            self._pace.not_before = -math.inf
+            raise
+        except BaseException:
+            self._take_back()
+            raise
+        if not is_wanted:
+            self._take_back()
+            return None
+        parts.successes.note_post(bot.account.base_url, person.key)
+        try:
+            return await parts.chat.send(
+                bot.account,
+                user=person.user,
+                client_id=client_id(progress.client_id_base, progress.part, progress.merged),
+                context_token=person.state.token,
+                content=content,
+                check=self._tenure.check,
+            )
+        except LeaseLost:
+            self._take_back()
+            raise
+        except AdapterError as exc:
+            return exc
+
+    def _take_back(self) -> None:
+        state = self._person.state
+        if (head := state.head) is not None:  # an erasure may have ended it
+            undone = msgspec.structs.replace(head, attempts=head.attempts - 1)
+            self._person.state = window.undo_attempt(state, undone)
+        self._pace.not_before = -math.inf
+
+    def _after(
+        self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
+    ) -> Awaitable[None]:
+        """Does what iLink's answer asks for."""
+        person, before = self._person, self._person.state.head
+        assert before is not None
+        person.state = sending.after_answer(person.state, answer, content, self._parts.clock.now_ms())
+        self._head.has_looked = False
+        self._pace.uncertain = self._pace.uncertain if isinstance(answer, Uncertain | Temporary) else 0
+        if isinstance(answer, Accepted):
+            self._head.failures = 0
+            progress = person.state.head
+            if progress is not None and progress.part >= group[0].part_count:
+                result = sending.accepted_result(progress)
+                return self._end([(command, result) for command in group])
+            return self._save()  # the pause before the next part is long
+        if isinstance(answer, Throttled):
+            self._report(answer, bot, before)
+            refusal = sending.refusal(answer, before.attempts)
+            if sending.is_throttled_again(before) or before.unanswered_attempts > 1:  # the first may be the last send
+                return self._end([(command, refusal) for command in group])
+            self._head.refusal = refusal
+            self._alone_up_to = max(self._alone_up_to, group[0].sequence)
+            if answer.errmsg == PREPARE_FAILED:
+                self._parts.sessions.restart_soon(bot.id)
+            return self._save()
+        return self._after_failure(answer, bot, group, attempts=before.attempts)
+
+    async def _after_failure(
+        self,
+        answer: AdapterError,
+        bot: ServingBot,
+        group: list[QueuedCommand],
+        *,
+        attempts: int = 0,
+        is_upload: bool = False,
+    ) -> None:
+        """Does what the failure of a request or an upload asks for."""
+        parts, progress, pace = self._parts, self._person.state.head, self._pace
+        self._report(answer, bot, progress)
+        if isinstance(answer, SessionExpired):
+            await self._check_session(answer, bot, group, attempts)
+        elif isinstance(answer, Refused):
+            if len(group) > 1 and progress is not None and not progress.is_partially_sent:
+                self._alone_up_to = max(self._alone_up_to, group[-1].sequence)
+                await self._save()
+                return
+            refusal = sending.refusal(answer, attempts)
+            refusal = msgspec.structs.replace(refusal, reason="media") if is_upload else refusal
+            await self._end([(command, refusal) for command in group])
+        elif isinstance(answer, Uncertain) and not is_upload:
+            parts.metrics.outbound_retries.labels(reason=answer.reason).inc()
+            pace.unanswered_at = parts.clock.monotonic()
+            await self._save()  # the pause before its repeat is long
+        else:
+            parts.metrics.outbound_retries.labels(reason=answer.reason).inc()
+            self._head.failures += 1
+            pause_s = getattr(answer, "retry_after_s", None) or backoff(self._head.failures)
+            pause_s += parts.clock.jitter(pause_s / 4)
+            pace.not_before = max(pace.not_before, parts.clock.monotonic() + pause_s)
+            if not is_upload:  # if the owner ends now, the next one must not take it for sent
+                await self._save()
+
+    async def _check_session(
+        self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand], attempts: int
+    ) -> None:
+        """-14 to a send is no proof of a dead session: iLink answers a malformed body with it, too."""
+        person, refusal, sessions = self._person, sending.refusal(answer, attempts), self._parts.sessions
+        self._phase = Phase.WAITING
+        if not await self._persist(lambda: sessions.is_alive(bot.id), "session"):
+            if person.bot is not None and person.bot.id == bot.id:
+                person.bot = msgspec.structs.replace(person.bot, is_usable=False)
+            self._head.refusal = msgspec.structs.replace(refusal, reason="needs_login")
+            await self._save()  # a login may take hours, and another bot repeats no unanswered request
+        elif self._head.rejections:
+            refusal = msgspec.structs.replace(refusal, reason="rejected")
+            await self._end([(command, refusal) for command in group])
+        else:
+            self._head.rejections = 1
+            not_before = self._parts.clock.monotonic() + SESSION_PAUSE_S
+            self._pace.not_before = max(self._pace.not_before, not_before)
+
+    async def _read(self, commands: Sequence[QueuedCommand]) -> None:
+        """Reads the bodies of commands from the bus."""
+        bodies = await self._commands.read(commands)
+        for command in commands:
+            body = bodies[command.sequence]
+            if body is None:  # an operator has dropped it
+                self._leave(command, None)
+                await self._commands.acknowledge(command)
+            elif isinstance(body, CommandResult):
+                await self._end([(command, body)])
+            else:
+                command.parts = body
+
+    async def _upload(
+        self, part: MediaPart, bot: ServingBot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
+    ) -> None:
+        person, head = self._person, self._head
+        try:
+            head.content = await self._parts.uploads.upload_media(part, bot.account, person.key.sandbox, person.user)
+            head.content_of = content_of
+        except (StoreAway, LeaseLost):
+            raise
+        except AdapterError as exc:
+            if exc.reason == "http_5xx" and not head.failures:  # some last until iLink has a new session
+                self._parts.sessions.restart_soon(bot.id)
+            await self._after_failure(exc, bot, group, is_upload=True)
+
+    def _report(self, answer: AdapterError, bot: ServingBot, progress: SendProgress | None) -> None:
+        raw = {}
+        if isinstance(answer, Refused):
+            raw = {"ret": answer.ret, "errcode": answer.errcode, "errmsg": answer.errmsg}
+        log.info(
+            "send.retrying" if isinstance(answer, Temporary) else "send.failed",
+            bot=bot.id,
+            host=self._parts.chat.host_of(bot.account.base_url),
+            sandbox=self._person.key.sandbox,
+            commands=[ref.id for ref in progress.commands] if progress else [],
+            failure=type(answer).__name__,
+            reason=answer.reason,
+            detail=answer.detail,
+            **raw,
+        )
+
+    # the end of commands ----------------------------------------------------------------------------
+
+    async def _end(self, ends: Sequence[tuple[QueuedCommand, CommandResult]]) -> None:
+        """Ends commands, which leave the queue."""
+        if not ends:
+            return
+        person, progress = self._person, self._person.state.head
+        ends = [(command, sending.final_result(result, person.state, command)) for command, result in ends]
+        await self._commands.end(ends, self._address, self._shown, on_told=self._leave)
+        command, result = ends[-1]
+        if progress is not None and progress.unanswered_attempts and result.outcome == "uncertain":
+            self._pace.uncertain += 1
+            first_s, longest_s = sending.AFTER_UNCERTAIN_S
+            pause_s = backoff(self._pace.uncertain, first_s=first_s, longest_s=longest_s)
+            self._pace.not_before = self._parts.clock.monotonic() + pause_s
+        if (not self.queue or self.reason) and not (command.typing == "on" and result.is_sent):
+            self._typing.hide(person.key.sandbox, person.user)
+
+    @property
+    def _address(self) -> Address:
+        person = self._person
+        return Address(person.key.sandbox, person.bot.id if person.bot is not None else person.state.bot, person.user)
+
+    @property
+    def _shown(self) -> Window:
+        """The window as receipts show it."""
+        parts = self._parts
+        return window.visible_window(self._person.state, parts.clock.now_ms(), parts.policy.window)
+
+    def _leave(self, command: QueuedCommand, result: CommandResult | None) -> None:
+        """Takes a command from the queue. `result`: of its final receipt; None: it has none.
+
+        Stores nothing. The record without the command goes along with the next send. A new owner that finds the
+        command in the stored record finds its receipt, too.
+        """
+        if command not in self.queue:
+            return
+        is_first = self.queue[0] is command
+        self.queue.remove(command)
+        is_refused = result is None or result.outcome == "refused" or bool(result.repeat_of)
+        self._person.state = sending.with_ended(self._person.state, command.ref, is_refused=is_refused)
+        if is_first:
+            self._begin_head()
+
+    def _begin_head(self) -> None:
+        """Forgets what concerned the former head."""
+        self._head = _Head()
+
+    def _save(self) -> Awaitable[None]:
+        return self._persist(self._person.save, "record")
+
+    def _persist(self, work: Callable[[], Awaitable[T]], name: str) -> Awaitable[T]:
+        """Raises LeaseLost, Crashed, RecordTooNew, StaleRead."""
+        return persist(work, self._tenure, self._parts.clock, name, sandbox=self._person.key.sandbox)
+
+
+def _crashed(command: QueuedCommand, detail: str) -> CommandResult:
+    """How a command ends at which the code raises. What is not known to be new may have been sent."""
+    if not command.is_checked:
+        return CommandResult("uncertain", detail=detail)
+    return CommandResult("dead_lettered", "crashed", detail)

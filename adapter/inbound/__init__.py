@@ -1,1 +1,0 @@
-"""Messages of users, from iLink to the inboxes of sandboxes."""
