@@ -60,8 +60,9 @@ class Town:
 
         async def is_another() -> bool:
             nonlocal found
+            nonlocal found
             found = json.loads((await readers.get(sandbox)).value or b"{}").get("reader", 0)
-            return found != before
+            return bool(found != before)
 
         await eventually(is_another, f"the reader of {sandbox} changes")
         return found
