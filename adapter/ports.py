@@ -10,7 +10,6 @@ import msgspec
 from adapter.content.dedup import MessageKeys
 from adapter.content.quotes import Reference
 from adapter.contract.messages import InboundItem, Quote
-from adapter.errors import BusRefused
 
 # iLink ----------------------------------------------------------------------------------------------
 
@@ -294,16 +293,11 @@ class PubAck(msgspec.Struct):
 
 
 class Bus(Protocol):
-    """Publishes to streams, in the order of the calls for each stream. Waits while the bus or the stream is away."""
+    """Stores in streams. Waits while the bus or the stream is away."""
 
-    async def publish(self, message: BusMessage) -> PubAck:
-        """Raises Conflict, BusRefused, and what `ensure_owner` of the message raises."""
-
-    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
-        """Stores all messages, pipelined and in order for each stream. A refusal takes the place of an ack.
-
-        Raises what `ensure_owner` of a message raises; some of the other messages may then be stored.
-        """
+    async def store(self, message: BusMessage) -> PubAck:
+        """Returns once the stream has the message, which is a compare-and-set or has an id: it is written again where
+        no acknowledgement comes. Raises Conflict, BusRefused, and what `ensure_owner` of the message raises."""
 
 
 class Delivery(Protocol):

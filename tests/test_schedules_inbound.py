@@ -156,7 +156,7 @@ class Stopping(Life):
         """Whether the publish is done by then; None: it does not stop."""
 
     async def passes(self, call: str, *, is_done: bool) -> None:
-        if call == "publish" and is_done is self.stops_at:
+        if call == "store" and is_done is self.stops_at:
             self.stops_at = None
             self.stop()
         await self.goes_on()

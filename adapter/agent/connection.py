@@ -16,10 +16,10 @@ from nats.errors import Error as NatsError
 from adapter.agent.reader import BUSY, retry
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.errors import Refused, Temporary
-from adapter.jetstream.api_replies import decode_reply
+from adapter.jetstream.api_replies import decode_ack
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
-from adapter.jetstream.publisher import PublishReply
+from adapter.ports import PubAck
 from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
 
@@ -84,21 +84,27 @@ class Connection:
 
         return await retry(ask, first_s=1.0, give_up_s=MEDIA_S)
 
-    async def publish_command(self, sandbox: str, payload: bytes, headers: dict[str, str]) -> PublishReply | None:
-        """One attempt to store a command: JetStream's answer; None: the adapter has stored it, since this user may
-        not publish to the stream. Raises Refused, Temporary."""
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> PubAck:
+        """One attempt to store a message. Raises Refused("forbidden"), BusRefused, Temporary("no_stream"),
+        ("no_answer", …): it may be stored."""
+        try:
+            asking = self.nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
+            reply = await self.unless_forbidden(subject, asking)
+        except NoRespondersError as exc:
+            raise Temporary("no_stream", f"No stream takes {subject}.") from exc
+        except (TimeoutError, ConnectionReconnectingError) as exc:
+            raise Temporary("no_answer", f"The bus did not confirm {subject}.") from exc
+        return decode_ack(reply.data)
+
+    async def store_command(self, sandbox: str, payload: bytes, headers: dict[str, str]) -> None:
+        """One attempt to store a command. The adapter does it where this user may not publish to the stream. Raises
+        Refused, BusRefused, Temporary."""
         subject = self.names.out(sandbox)
         if self.may_publish(subject):
-            try:
-                asking = self.nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
-                reply = await self.unless_forbidden(subject, asking)
-                return decode_reply(reply.data, PublishReply, "a publish")
-            except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
-                raise Temporary("no_answer", "The bus did not confirm a command.") from exc
-            except Refused:
-                pass  # the server has forbidden it
+            with contextlib.suppress(Refused):  # the server has forbidden it
+                await self.store(subject, payload, headers)
+                return
         await self.request(f"send.{sandbox}", payload, headers)
-        return None
 
     def may_publish(self, subject: str) -> bool:
         """Whether this user may publish there, as far as the server has complained."""

@@ -111,6 +111,15 @@ async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> An
     return await retry(ask_once, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
 
 
+def replace_texts(file: Path, texts: dict[str, str]) -> None:
+    """Writes a JSON object as a whole or not at all. Raises OSError."""
+    with file.with_suffix(".new").open("wb") as new:
+        new.write(msgspec.json.encode(texts))
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(new.name, file)
+
+
 class Sessions:
     """The name of each user's session: a UUID that stays the same until the user starts a new session."""
 
@@ -142,11 +151,7 @@ class Sessions:
 
     def _store(self, begun: dict[str, str]) -> None:
         if self._file is not None:
-            with self._file.with_suffix(".new").open("wb") as file:
-                file.write(msgspec.json.encode(begun))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self._file)
+            replace_texts(self._file, begun)
 
 
 class Runner:

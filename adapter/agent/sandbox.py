@@ -48,7 +48,6 @@ from adapter.contract.names import (
 )
 from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary, Unreadable
-from adapter.jetstream.api_replies import write_error_of
 from adapter.kit.timing import raise_if_cancelled, wait_event
 from adapter.settings import Settings
 
@@ -60,6 +59,7 @@ KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "vid
 """By the first half of the MIME type. Other types are sent as files."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
+
 LONGEST_WAIT_S = 60.0
 """Longest wait between two looks at the clock, which may be set, or stop with the machine."""
 
@@ -322,14 +322,12 @@ class Sandbox:
 
         async def store() -> None:
             await self._connection.ready()
-            ack = await self._connection.publish_command(self.name, payload, {H_SCHEMA: SCHEMA_VERSION})
-            if ack is None:
-                return
-            failure = write_error_of(ack.error) if ack.error is not None else None
-            if isinstance(failure, BusRefused) and failure.is_full:
-                raise Temporary("full", failure.detail, retry_after_s=FULL_S)
-            if failure is not None or not ack.seq:
-                raise failure or Temporary("no_answer", "Not JetStream has answered.")
+            try:
+                await self._connection.store_command(self.name, payload, {H_SCHEMA: SCHEMA_VERSION})
+            except BusRefused as exc:
+                if not exc.is_full:
+                    raise
+                raise Temporary("full", exc.detail, retry_after_s=FULL_S) from exc
 
         await retry(store)
 

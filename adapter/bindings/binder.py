@@ -33,7 +33,7 @@ BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 class Persons(Protocol):
     """The ends of persons' times, as `bridge.persons.Persons`."""
 
-    def end(self, key: PersonKey, *, erased: bool = False) -> Awaitable[None]: ...
+    def end(self, key: PersonKey, *, erased: bool = False) -> Awaitable[object]: ...
 
     def forget(self, key: PersonKey) -> Awaitable[None]: ...
 
@@ -134,7 +134,7 @@ class Binder:
         return token
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
-        """The sealed cursor. An unchanged cursor keeps its sealed text, because a cursor is applied only once."""
+        """The sealed cursor. An unchanged cursor keeps its sealed text, so that the bind changes nothing."""
         context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
         if not command.cursor:
             return None

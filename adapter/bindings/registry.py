@@ -235,7 +235,7 @@ class Bindings:
             return decode_record(value, Binding, bot=bot)
         except RecordTooNew:
             known = msgspec.json.decode(value, type=_Served)
-            return Binding(sandbox=known.sandbox, bot=bot, token="", user=known.user, state="too_new")
+            return Binding(bot=bot, token="", state="too_new", **structs.asdict(known))
 
 
 class _Served(msgspec.Struct):
@@ -243,6 +243,9 @@ class _Served(msgspec.Struct):
 
     sandbox: str
     user: str = ""
+    person: str = ""
+    since: int = 0
+    bound: int = 0
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:

@@ -273,9 +273,8 @@ def _describe_error(exc: Exception) -> str:
 
 # copies -----------------------------------------------------------------------------------------------
 #
-# Commands that are stored a second time: the router's copies, and what `doctor --fix` brings to its shard. A copy
-# keeps the identity of its original in the header Wechat-Sealed, which only the adapter can write. The header counts
-# for that body in that sandbox.
+# Commands that the router stores a second time. A copy keeps the identity of its original in the header
+# Wechat-Sealed, which only the adapter can write. The header counts for that body in that sandbox.
 
 _decoder = msgspec.json.Decoder(CommandRef)
 _encoder = msgspec.json.Encoder()

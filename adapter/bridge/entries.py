@@ -9,7 +9,7 @@ time: nothing of that time is stored behind it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -127,36 +127,37 @@ def read_entry(stored: StoredMessage, sealer: Sealer) -> StoredEntry:
         return StoredEntry(stored.seq, entry, None)
 
 
-class _Messages(msgspec.Struct):
-    messages: list[msgspec.Raw] = []
+class Clear(msgspec.Struct):
+    """What an entry has in clear, whatever its version, and whatever key sealed the rest; a record has `since`."""
+
+    since: int = 0
+    """0: it cannot be read."""
     ended: bool = False
+    erased: bool = False
+    messages: list[msgspec.Raw] = []
 
 
-_decode_messages = msgspec.json.Decoder(_Messages).decode
+_decode_clear = msgspec.json.Decoder(Clear).decode
+
+
+def clear_of(data: bytes) -> Clear:
+    """Of what the adapter has not written: nothing."""
+    try:
+        return _decode_clear(data)
+    except UNDECODABLE:
+        return Clear()
 
 
 def messages_of(data: bytes) -> Sequence[msgspec.Raw]:
-    """The messages of an entry, whatever key sealed the rest; none of one that cannot be read."""
-    try:
-        return _decode_messages(data).messages
-    except UNDECODABLE:
-        return ()
+    """The messages of an entry; none of one that cannot be read."""
+    return clear_of(data).messages
 
 
-def is_ended(data: bytes) -> bool:
-    """Whether an entry is the end of a person's time."""
-    try:
-        return _decode_messages(data).ended
-    except UNDECODABLE:
-        return False
-
-
-def in_chunks(sizes: Sequence[int], most_bytes: int) -> Iterator[tuple[int, int]]:
-    """Where an answer is cut into entries: first and last index plus one, at least one message each."""
-    start = size = 0
-    for at, added in enumerate(sizes):
-        if at > start and (at - start == MESSAGES or size + added > most_bytes):
-            yield start, at
-            start, size = at, 0
+def fitting(sizes: Sequence[int], most_bytes: int) -> int:
+    """How many of these messages go into the next entry: the first one, and what fits behind it."""
+    size = 0
+    for number, added in enumerate(sizes[:MESSAGES]):
         size += added
-    yield start, len(sizes)
+        if number and size > most_bytes:
+            return number
+    return min(len(sizes), MESSAGES)

@@ -72,10 +72,7 @@ class InFlight:
         """Publishes final receipts, then acknowledges the commands. All receipts come first: a new owner that finds
         one of a merged message knows the result of the others. `on_told`: called for each of them in between. Raises
         LeaseLost."""
-        if len(ends) == 1:
-            told = [await self._tell_final(*ends[0], address, shown)]
-        else:
-            told = await asyncio.gather(*(self._tell_final(*each, address, shown) for each in ends))
+        told = await asyncio.gather(*(self._tell_final(*each, address, shown) for each in ends))
         for (command, result), is_told in zip(ends, told, strict=True):
             on_told(command, result)
             if is_told:

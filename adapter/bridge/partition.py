@@ -72,15 +72,13 @@ class Partition:
     async def open(self) -> None:
         """Reads what is stored of all its persons, hundreds in a request. Who cannot be read is read again when there
         is something to do. Raises Temporary."""
-        of_key: dict[PersonKey, Binding] = {}
-        for binding in self.parts.bindings.of_shard(self.number):
-            known = of_key.setdefault(binding.key, binding)
-            if (not binding.closing, binding.bound) > (not known.closing, known.bound):
-                of_key[binding.key] = binding
-        stored = await self.parts.persons.load_all([*of_key])
-        for number, (key, binding) in enumerate(of_key.items()):
-            person = self._person(key, None if binding.closing else binding)
-            found = stored[key]
+        bindings = self.parts.bindings
+        stored = await self.parts.persons.load_all([*{binding.key for binding in bindings.of_shard(self.number)}])
+        bound = {binding.key: binding for binding in bindings.of_shard(self.number)}  # some may have gone meanwhile
+        for number, (key, found) in enumerate(stored.items()):
+            if key not in bound:
+                continue
+            person = self.person(bound[key])
             if not isinstance(found, AdapterError):
                 person.restore(found)
             if number % 200 == 199:
@@ -89,28 +87,18 @@ class Partition:
     def person(self, binding: Binding) -> Person:
         """The person of a binding, who exists from now on."""
         key = binding.key
-        known = self._persons.get(key.sandbox, {}).get(key)
-        return known or self._person(key, binding_of(self.parts.bindings, key))
-
-    def _person(self, key: PersonKey, binding: Binding | None) -> Person:
         of_sandbox = self._persons.setdefault(key.sandbox, {})
         if (person := of_sandbox.get(key)) is None:
             person = of_sandbox[key] = Person(key, self.parts, self.tenure, self.commands, self.typing)
-            person.on_binding(binding)
+            person.check_binding()
         return person
 
     def on_binding(self, before: Binding | None, after: Binding | None) -> None:
         """Handles a changed binding, or a change of its token's state."""
-        for binding in (before, after):
-            if binding is None:
-                continue
-            key = binding.key
-            person = self._persons.get(key.sandbox, {}).get(key)
-            if person is not None:
-                person.check_binding()
-                self._drop_gone(person)
-            elif binding is after and not binding.closing:
-                self._person(key, binding_of(self.parts.bindings, key))
+        for binding in filter(None, (before, after)):
+            person = self.person(binding)
+            person.check_binding()
+            self._drop_gone(person)
 
     def _drop_gone(self, person: Person) -> None:
         """Forgets a person whom no binding has any more, once nothing is in hand for them."""
@@ -150,10 +138,7 @@ class Partition:
         head, parts, sandbox = person.state.head, self.parts, person.key.sandbox
         if head is None or not head.is_partially_sent or any(map(self.commands.has, head.commands)):
             return
-        result = CommandResult("refused", "not_bound", sending.UNSERVED)
-        if head.unanswered_attempts:
-            result = CommandResult("uncertain", detail="Its person was unbound, and iLink's answer is not known.")
-        result = msgspec.structs.replace(result, message_ids=tuple(head.message_ids), attempts=head.attempts)
+        result = sending.unfinished_result(CommandResult("refused", "not_bound", sending.UNSERVED), head)
         address = Address(sandbox, head.bot, person.user)
         for ref in head.commands:
             trace = command_traceparent("", sandbox, ref.sequence, ref.stored_ms, "")
@@ -226,7 +211,7 @@ class Partition:
         except Refused as exc:
             self._tasks.spawn(self._place_after_look(command, sending.unreadable_result(exc)))
         else:
-            self.person(binding).enqueue(command)
+            self.person(binding).sender.enqueue(command)
 
     def _binding_for(self, command: QueuedCommand) -> Binding:
         """The binding of the person for whom a command is meant. Raises Refused."""
@@ -263,7 +248,7 @@ class Partition:
         except Crashed as exc:  # a former owner may have sent it
             refusal = CommandResult("uncertain", detail=exc.detail)
         if person is not None:
-            person.enqueue(command)
+            person.sender.enqueue(command)
         elif refusal.reason == "not_bound" and not (bindings := self.parts.bindings).is_current:
             await bindings.changed.wait_until(lambda: bindings.is_current)
             self._place(command)
@@ -290,7 +275,7 @@ class Partition:
         """Starts nothing more, gives requests `grace_s` seconds, stores what was sent last, and stops."""
         self.is_draining = True
         self._tasks.spawn(self.typing.drain(min(grace_s, DRAIN_S)))
-        running = [task for each in self if (task := each.sender.drain()) is not None]
+        running = [task for each in self if (task := each.sender.stop(at_once=False)) is not None]
         if running:
             await asyncio.wait(running, timeout=grace_s)
         for person in self:
@@ -310,7 +295,7 @@ class Partition:
         self.typing.stop()
         self._tasks.cancel_all()
         for person in self:
-            person.sender.stop()
+            person.sender.stop(at_once=True)
         for command in self.commands.commands.values():
             self.commands.release_body(command)
         self._persons.clear()  # breaks reference cycles

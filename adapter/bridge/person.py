@@ -1,8 +1,8 @@
 """One person: a WeChat user of one sandbox. The only object that knows both directions of a bot.
 
-`on_stored`, `adopt`, `enqueue` and `on_binding` change memory at once and never wait. The poller is one task, the
-sender a coroutine that lives while there is work. After each wait both look at the state instead of trusting what
-they saw.
+`on_stored`, `adopt`, `check_binding` and `Sender.enqueue` change memory at once and never wait. The poller is one
+task, the sender a coroutine that lives while there is work. After each wait both look at the state instead of
+trusting what they saw.
 
 What is stored of a person are the newest entry of their subject (`entries`), written by whoever polls, and their
 record (`record`), written before each send. Of both the newer window counts.
@@ -22,12 +22,12 @@ from adapter.bridge.inflight import InFlight
 from adapter.bridge.parts import Parts
 from adapter.bridge.persons import StoredPerson, binding_of
 from adapter.bridge.record import BOTS_KEPT, PersonState
-from adapter.bridge.sender import Sender
-from adapter.bridge.sending import QueuedCommand, ServingBot
+from adapter.bridge.sender import Phase, Sender
+from adapter.bridge.sending import ServingBot
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.bridge.window import InboundReceived
-from adapter.content.dedup import KEEP, DedupWindow, lines_of
-from adapter.contract.records import Binding, PersonKey
+from adapter.content.dedup import KEEP, SIZE, DedupWindow, lines_of
+from adapter.contract.records import PersonKey
 from adapter.errors import Conflict, StaleRead
 from adapter.ownership.tenure import Tenure
 
@@ -53,6 +53,8 @@ OVER = (Status.ENDED, Status.ERASED)
 class AnswerState(NamedTuple):
     """What an entry says of the state after it."""
 
+    bot: str
+    """That of cursor, token and window."""
     lines: Sequence[bytes]
     """Fingerprints of its messages."""
     answer_size: int
@@ -66,7 +68,8 @@ class AnswerState(NamedTuple):
 class Saved(NamedTuple):
     """The record as the bucket has it."""
 
-    state: PersonState
+    state: PersonState | None
+    """None: it has none of the person's time."""
     revision: int
 
 
@@ -89,7 +92,7 @@ class Person:
         self.seen = DedupWindow()
         self.tenure = tenure
         self.sender = Sender(self, parts, tenure, commands, typing)
-        self._saved = Saved(self.state, 0)
+        self._saved = Saved(None, 0)
         self._written = self.state
         """The record as it was written last, perhaps without an answer."""
         self._saved_at = parts.clock.monotonic()
@@ -108,7 +111,7 @@ class Person:
             self.status = Status.READY
             if stored.state is not None:
                 self._take_record(stored.state)
-            self._saved = Saved(stored.state or PersonState(), stored.revision)
+            self._saved = Saved(stored.state, stored.revision)
         if stored.entry is not None:
             self.adopt(stored.entry)
         self.position = max(self.position, stored.last)
@@ -140,19 +143,22 @@ class Person:
             self.status = Status.ERASED if entry.erased else Status.ENDED
             self.sender.on_change()
             return
-        if entry.since != self.key.since or secrets is None:
+        if entry.since != self.key.since:
             return
         if self.seen:
             new = [line for line in lines_of(entry.seen) if line not in self.seen]
             self.seen.add(new, max(KEEP, len(new)))
         else:
             self.seen = DedupWindow(entry.seen)
+        if secrets is None:  # no known key opens it
+            return
         self.learn(self.user or entry.user)
         bot = self.bot.id if self.bot is not None else entry.bot
         self.state = state = _with_bots(state, bot, (*secrets.bots, entry.bot))
         if entry.bot == bot:
             if stored.sequence > state.cursor_after or state.cursor is None:
-                self.state = msgspec.structs.replace(state, cursor=secrets.cursor, cursor_after=stored.sequence)
+                cursor = secrets.cursor or None
+                self.state = msgspec.structs.replace(state, cursor=cursor, cursor_after=stored.sequence)
             opened = stored.opened()
             if opened is not None and (
                 opened.message == state.window.id or (opened.received_ms or 0) >= state.window.opened_ms
@@ -160,9 +166,9 @@ class Person:
                 self._open_window(opened)
         self.sender.on_change()
 
-    async def save(self, undo: PersonState | None = None) -> None:
-        """Stores the record. Raises Temporary, LeaseLost; StaleRead if it is another's, which was taken. `undo`: the
-        state of memory that counts then, without what was about to be done."""
+    async def save(self) -> None:
+        """Stores the record. Raises Temporary, LeaseLost; StaleRead if somebody else has written or deleted it since
+        it was read: `take_newer_record`."""
         persons = self._parts.persons
         while True:
             self.tenure.check()
@@ -173,18 +179,20 @@ class Person:
                 self.tenure.check()
                 stored, revision = await persons.reload(self.key)
                 self.tenure.check()  # the read may be slow, and the record that of a new owner
-                had_record, self._saved = bool(self._saved.revision), Saved(stored or PersonState(), revision)
-                if stored is None and had_record:
-                    # the person was erased meanwhile: nothing comes back from memory
-                    self.state = self._written = PersonState(bot=state.bot, bots=state.bots)
-                    return
-                if stored is not None and stored != written:
-                    self.state = undo or self.state
-                    self._take_record(stored)
+                before, self._saved = self._saved, Saved(stored, revision)
+                if stored not in (before.state, written):
                     raise StaleRead("stale_read", "the record is newer than what was read of it") from None
             else:
                 self._saved, self._saved_at = Saved(state, revision), self._parts.clock.monotonic()
                 return
+
+    def take_newer_record(self) -> None:
+        """Takes the record that `save` met. What was about to be done by the older one was taken back."""
+        if self._saved.state is None:  # the person was erased meanwhile: nothing comes back from memory
+            self.state = PersonState(bot=self.state.bot, bots=self.state.bots)
+        else:
+            self._take_record(self._saved.state)
+            self._forget_other_bot()
 
     @property
     def is_open(self) -> bool:
@@ -199,33 +207,33 @@ class Person:
     @property
     def has_unsaved_sends(self) -> bool:
         """The record lacks what was sent last, which a person may quote, or that a request was taken back."""
-        return (self.state.sent, self.state.head) != (self._saved.state.sent, self._saved.state.head)
+        saved = self._saved.state or PersonState()
+        return (self.state.sent, self.state.head) != (saved.sent, saved.head)
 
     # what others tell -------------------------------------------------------------------------------
 
-    def enqueue(self, command: QueuedCommand) -> None:
-        """Takes a command."""
-        self.sender.enqueue(command)
-
     def on_stored(self, sequence: int, after: AnswerState) -> None:
         """Takes what was stored of an answer, whose entry has this sequence."""
-        self.position = sequence
         self.seen.add(after.lines, max(KEEP, after.answer_size))
-        token = after.token or self.state.token
-        self.state = msgspec.structs.replace(self.state, token=token, cursor=after.cursor, cursor_after=sequence)
-        if after.opened is not None:
-            self._open_window(after.opened)
+        # one that another has written behind it is newer, and was adopted; a login may have changed the bot meanwhile
+        if sequence >= self.position and after.bot == self.state.bot:
+            token = after.token or self.state.token
+            self.state = msgspec.structs.replace(self.state, token=token, cursor=after.cursor, cursor_after=sequence)
+            if after.opened is not None:
+                self._open_window(after.opened)
+        self.position = max(self.position, sequence)
         self.sender.on_inbound()
 
-    def on_cursor(self, cursor: str) -> None:
+    def on_cursor(self, bot: str, cursor: str) -> None:
         """iLink has given a cursor without news, which is stored with what comes next, or once a day."""
-        if cursor != self.state.cursor:
+        if bot == self.state.bot and cursor != self.state.cursor:
             self.state = msgspec.structs.replace(self.state, cursor=cursor, cursor_after=self.position)
             if self._parts.clock.monotonic() - self._saved_at > CURSOR_SAVED_S:
                 self.sender.save_soon()
 
-    def on_binding(self, binding: Binding | None) -> None:
-        """The binding that serves the person now; None: none does. Token and cursor of another bot are forgotten."""
+    def check_binding(self) -> None:
+        """Takes the binding that serves the person now. Token and cursor of another bot are forgotten."""
+        binding = binding_of(self._parts.bindings, self.key)
         former, self.bot = self.bot, None if binding is None else self._parts.sessions.serving(binding)
         self.learn(binding.user if binding is not None else "")
         if self.bot != former:
@@ -238,23 +246,19 @@ class Person:
             self.user = user
             self.sender.on_user()
 
-    def check_binding(self) -> None:
-        """Looks at the binding, in case its update was lost."""
-        self.on_binding(binding_of(self._parts.bindings, self.key))
-
     def prints_with(self, lines: Sequence[bytes], answer_size: int) -> bytes:
         """The fingerprints of the next entry. `lines`: those of its messages; `answer_size`: how many of the answer
         are stored with it, which are remembered whole."""
         most = max(KEEP, answer_size)
-        prints = lines_of(self.seen.kept(self._parts.clock.now_ms(), most))
-        return b"".join([*prints, *lines][-most:])
+        kept = self.seen.kept(self._parts.clock.now_ms(), most)
+        return b"".join((kept, *lines))[-most * SIZE :]
 
     def _forget_other_bot(self) -> None:
         if self.bot is not None and self.status is not Status.UNREAD:
             self.state = _with_bots(self.state, self.bot.id, ())
 
     def _open_window(self, opened: InboundReceived) -> None:
-        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.is_sending)
+        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.phase is Phase.SENDING)
         self.state = window.open_window(self.state, opened, now_ms, in_flight)
 
 

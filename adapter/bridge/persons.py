@@ -10,8 +10,8 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
+from adapter.bridge.entries import Clear, StoredEntry, clear_of, encode_end, read_entry
 from adapter.bridge.entries import Entry as EntryRecord
-from adapter.bridge.entries import StoredEntry, encode_end, read_entry
 from adapter.bridge.record import PersonRecord, PersonState
 from adapter.contract.names import H_EXPECTED, Names
 from adapter.contract.records import Binding, PersonKey
@@ -146,15 +146,10 @@ class Persons:
         """Writes the record at a revision; the new one. Raises Conflict, Temporary, BusRefused."""
         return await self._bucket.update(key.key, seal_state(key, user, state, self._sealer), revision)
 
-    async def end(self, key: PersonKey, *, erased: bool = False) -> None:
-        """Ends a person's time: an entry behind which the server takes nothing of it. May be repeated. Raises
-        Temporary, BusRefused."""
-        await self._store_end(key, erased=erased)
-
     async def forget(self, key: PersonKey) -> None:
         """Deletes what is left of a time that has ended: the entries before its end, and the record. Raises
         Temporary, BusRefused."""
-        sequence = await self._store_end(key, erased=False)
+        sequence = await self.end(key)
         if sequence is None:
             return
         # twice: with several copies a purge in flight lets an old expectation pass
@@ -162,20 +157,21 @@ class Persons:
             await self._history.purge(self._names.stream_in, self.subject(key), up_to=sequence - 1)
         await self._delete(key)
 
-    async def _store_end(self, key: PersonKey, *, erased: bool) -> int | None:
-        """The sequence of the entry that ends the time; None: a later time has begun."""
+    async def end(self, key: PersonKey, *, erased: bool = False) -> int | None:
+        """Ends a person's time: an entry behind which the server takes nothing of it. Returns its sequence; None: a
+        later time has begun. May be repeated. Raises Temporary, BusRefused."""
         subject = self.subject(key)
         while True:
             stored = await self._history.read_last(self._names.stream_in, subject)
             last = stored.seq if stored is not None else 0
-            about = _about_in(stored.data) if stored is not None else _About()
+            about = clear_of(stored.data) if stored is not None else Clear()
             if about.since > key.since:
                 return None
             if about.ended and about.since == key.since and (about.erased or not erased):
                 return last
             payload = encode_end(key.since, erased=erased)
             try:
-                ack = await self._bus.publish(BusMessage("in", subject, payload, {H_EXPECTED: str(last)}))
+                ack = await self._bus.store(BusMessage("in", subject, payload, {H_EXPECTED: str(last)}))
             except Conflict:
                 continue  # somebody has stored an entry meanwhile, or the acknowledgement was lost
             return ack.seq
@@ -185,7 +181,7 @@ class Persons:
         of a former owner."""
         while True:
             entry = await self._bucket.get(key.key)
-            if entry is not None and entry.value is not None and _about_in(entry.value).since > key.since:
+            if entry is not None and entry.value is not None and clear_of(entry.value).since > key.since:
                 return
             try:
                 await self._bucket.delete(key.key, entry.revision if entry else 0, ttl_s=self._gone_s)
@@ -215,7 +211,7 @@ class Persons:
         """Raises RecordTooNew, Refused("token_key")."""
         if entry is None or entry.value is None:
             return None, entry.revision if entry else 0
-        if _about_in(entry.value).since not in (0, key.since):
+        if clear_of(entry.value).since not in (0, key.since):
             return None, entry.revision  # of another time, whatever key sealed it
         try:
             since, state = open_state(key.key, entry.value, self._sealer)
@@ -223,24 +219,6 @@ class Persons:
             log_once("person.unreadable", sandbox=key.sandbox, person=key.person, detail=type(exc).__name__)
             return None, entry.revision
         return (state if since == key.since else None), entry.revision
-
-
-class _About(msgspec.Struct):
-    """What entries and records have in clear."""
-
-    since: int = 0
-    ended: bool = False
-    erased: bool = False
-
-
-_decode_about = msgspec.json.Decoder(_About).decode
-
-
-def _about_in(data: bytes) -> _About:
-    try:
-        return _decode_about(data)
-    except UNDECODABLE:
-        return _About()
 
 
 def _is_entry(stored: StoredMessage) -> bool:

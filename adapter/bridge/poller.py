@@ -65,21 +65,6 @@ class State(enum.StrEnum):
     """The poller is over."""
 
 
-S = State
-TRANSITIONS: dict[State, set[State]] = {
-    S.WAITING: {S.TAKING, S.RETRYING, S.ENDED},
-    S.TAKING: {S.POLLING, S.PAUSED, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
-    S.POLLING: {S.TAKING, S.STORING, S.PAUSED, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
-    S.STORING: {S.POLLING, S.RETRYING, S.RELEASING},
-    S.PAUSED: {S.TAKING, S.POLLING, S.RETRYING, S.STALE, S.NEEDS_LOGIN, S.RELEASING},
-    S.RETRYING: {S.WAITING, S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.STALE, S.NEEDS_LOGIN, S.RELEASING, S.ENDED},
-    S.STALE: {S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.RETRYING, S.NEEDS_LOGIN, S.RELEASING},
-    S.NEEDS_LOGIN: {S.TAKING, S.POLLING, S.STORING, S.PAUSED, S.RETRYING, S.STALE, S.RELEASING},
-    S.RELEASING: {S.ENDED},
-    S.ENDED: set(),
-}
-"""The states that may follow each state, besides itself."""
-
 LONGEST_HOLD_MS = 60_000
 """Longest hold that is assumed after client timeouts. A poll that timed out gets twice the time, whatever the server
 hints: a poll that is cut again and again may lose the answer that is just being written
@@ -160,16 +145,6 @@ class _Refusal(msgspec.Struct):
     """Times that it was refused again."""
 
 
-class _Greeting(enum.Enum):
-    """What iLink was told of the bot."""
-
-    NEW = enum.auto()
-    """The first poll may not start yet."""
-    STARTED = enum.auto()
-    ANNOUNCED = enum.auto()
-    """iLink has confirmed that the bot is polled."""
-
-
 class BotPoller:
     """Polls one bot, from when its partition is taken until it is released."""
 
@@ -198,15 +173,11 @@ class BotPoller:
         self.claim: PollClaim | None = None
         self._wish = Wish.NONE
         self._wake = ChangeSignal()
-        """A pause is to end: `_wish` or `_releases` has changed."""
-        self._releases = 0
-        """Times that another replica may have released the bot."""
+        """A pause is to end: `_wish` has changed."""
         self._waiting: asyncio.Task[Any] | None = None
         """This poller's task while a poll is out that `_end_poll` may cut."""
-        self._binding: Binding | None = None
-        """That of the last poll. The end of an unbound bot is announced to iLink with it, unless its token was
-        dead."""
-        self._greeting = _Greeting.NEW
+        self._is_announced = False
+        """iLink has confirmed that the bot is polled."""
         self._pace = _Pace()
         self._refusal: _Refusal | None = None
 
@@ -216,7 +187,6 @@ class BotPoller:
     def state(self) -> State:
         return self.shown.state
 
-    @property
     def stopping(self) -> bool:
         """The poller ends at the next poll boundary."""
         return self._wish >= Wish.STOP
@@ -235,7 +205,7 @@ class BotPoller:
 
     def cancel_poll(self, *, for_lease: bool = False) -> None:
         """Ends a pause at once, and a poll after ANSWER_GRACE_S; not `for_lease` if that is valid again by then."""
-        if not self.stopping:
+        if not self.stopping():
             self._wish = Wish.CUT
         elif self._wish is Wish.STOP:
             self._wish = Wish.STOP_NOW
@@ -248,9 +218,9 @@ class BotPoller:
             loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
 
     def on_polled(self) -> None:
-        """Another replica's poll of the bot has ended."""
-        self._releases += 1
-        self._wake.notify_all()
+        """Another replica's poll of the bot has ended: who waits for it looks again."""
+        if self.person is None:
+            self.cancel_poll()
 
     # the life of a poller ---------------------------------------------------------------------------
 
@@ -274,7 +244,7 @@ class BotPoller:
     async def _serve(self) -> None:
         """One poll after the other. The one place where they fail."""
         parts, pace = self._parts, self._pace
-        while not self.stopping and parts.bindings.serving(self.bot) is not None:
+        while not self.stopping() and parts.bindings.serving(self.bot) is not None:
             retry_after_s = None
             try:
                 while (binding := await self._prepare()) is not None and self.person is not None:
@@ -285,18 +255,18 @@ class BotPoller:
                 return
             except AdapterError as exc:
                 await parts.ticks.wait_tick()  # iLink may have closed all connections at once
-                problem, retry_after_s = _problem(exc), getattr(exc, "retry_after_s", None)
+                problem, retry_after_s = str(exc), getattr(exc, "retry_after_s", None)
                 failure = {"reason": exc.reason, "detail": exc.detail}
             except Exception as exc:
                 problem = f"crashed: {type(exc).__name__}"
                 failure = {"reason": "crashed", "detail": type(exc).__name__}
                 log.exception("poller.crashed", bot=self.bot)
-                self._forget_person()  # it is read anew
+                self.person, self.session.is_taken = None, False  # it is read anew
             pace.failures += 1
             self._enter(State.RETRYING, problem)
             log.warning("poll.failed", bot=self.bot, host=self._host(), **failure, failures=pace.failures)
             wait_s = retry_after_s or backoff(pace.failures, first_s=0.5, longest_s=30.0)
-            if not self._must_stop():
+            if not self.stopping():
                 await self._pause(wait_s + parts.clock.jitter(wait_s / 2))
             self._end_cut()
             await parts.ticks.wait_tick()
@@ -310,10 +280,8 @@ class BotPoller:
             if (person := await self._take_bot()) is None:
                 return None
             self.person = person
-        if self._greeting is _Greeting.NEW:
             await self._pause(parts.starts.reserve_delay_s())
-            self._greeting = _Greeting.STARTED
-            if not self.stopping:
+            if not self.stopping():
                 await self._notify(start=True)
         self.unanswered_since = self.unanswered_since or parts.clock.monotonic()
         binding = await self._wait_until_pollable(self.person)
@@ -325,18 +293,13 @@ class BotPoller:
         """Adds the user whom the first message has told. Raises LeaseLost, Temporary."""
         self._check_owned(binding)
         learned = await self._parts.bindings.update(
-            self.bot, lambda now: None if now.user else msgspec.structs.replace(now, user=user)
+            self.bot,
+            lambda now: None if now.user or now.key != binding.key else msgspec.structs.replace(now, user=user),
         )
         return learned or binding
 
-    def _forget_person(self) -> None:
-        self.person, self._greeting, self.session.is_taken = None, _Greeting.NEW, False
-
     def _enter(self, state: State, why: str = "") -> None:
-        """Changes the state. Raises RuntimeError for a transition that is not in the table, which is a bug."""
         if state is not self.state:
-            if state not in TRANSITIONS[self.state]:
-                raise RuntimeError(f"{self.state.name} to {state.name}")
             self.shown = _Shown(state, self._parts.clock.monotonic())
         self.shown.why = why
 
@@ -350,10 +313,9 @@ class BotPoller:
         """Takes the bot once no other replica can poll it, and reads the newest entry; None: the poller must stop.
         Raises Temporary, LeaseLost, Refused."""
         attempts, parts = 0, self._parts
-        while not self._must_stop() and (binding := parts.bindings.serving(self.bot)) is not None:
+        while not self.stopping() and (binding := parts.bindings.serving(self.bot)) is not None:
             self._check_owned(binding)
             parts.sessions.account(binding)  # who cannot open the bot's token does not take it
-            released = partial(self._is_released_since, self._releases)
             if self.claim is None:
                 self._enter(State.WAITING, self.shown.why)
                 async with parts.takeovers:
@@ -369,18 +331,16 @@ class BotPoller:
                 await person.open()
                 await person.look()  # a former owner's poll may have brought something since
                 self.session.is_taken = True
+                self._end_cut()
                 return person
             attempts += 1
             if attempts % QUERY_EVERY == 0 and await parts.polls.clear_idle(self.bot, parts.others.is_idle):
                 continue
             wait_s = backoff(attempts, first_s=0.1, longest_s=4.0)
             wait_s += parts.clock.jitter(wait_s / 2)
-            await self._wake.wait_until(released, wait_s)
+            await self._pause(wait_s)
             self._end_cut()  # the loop checks the reason again
         return None
-
-    def _is_released_since(self, releases: int) -> bool:
-        return self._is_cut or self._releases != releases
 
     # polling ----------------------------------------------------------------------------------------
 
@@ -391,7 +351,7 @@ class BotPoller:
         None: the poller must stop, or the bot is no longer bound. Raises Temporary.
         """
         parts, bindings, clock, is_due = self._parts, self._parts.bindings, self._parts.clock, False
-        while not self.stopping:
+        while not self.stopping():
             if not parts.is_writable():
                 self._enter(State.PAUSED, "NATS accepts no writes.")
                 await parts.wait_writable()
@@ -431,7 +391,6 @@ class BotPoller:
                 self._enter(State.NEEDS_LOGIN, binding.reason)
                 passed_s = max(0, clock.now_ms() - binding.since_ms) / 1000
                 pause_s = login_poll_in_s(passed_s, parts.login_polls_s)
-                self._binding = binding
             is_due = not await self._wait_until(bindings.changed, self._is_rebound(binding), pause_s)
             self._end_cut()  # the loop checks the reason again
             self.unanswered_since = clock.monotonic()
@@ -475,7 +434,7 @@ class BotPoller:
             pace.hold_ms = max(pace.hold_ms, polled.hold_ms)
             self._enter(State.STORING)
             await parts.ticks.wait_tick()
-            has_news = await Receiver(self.bot, person, parts).receive(polled, binding, started)
+            has_news = await Receiver(self.bot, person, parts, polled, binding, started).receive()
             self._enter(State.POLLING)
         else:
             parts.metrics.polls_empty.inc()
@@ -483,7 +442,7 @@ class BotPoller:
             pace.hold_ms = polled.hold_ms if is_on_time else max(pace.hold_ms, polled.hold_ms)
             await parts.wakeups.wait_for_batch()
             if polled.cursor is not None and person.position <= started:  # else another owner's is newer
-                person.on_cursor(polled.cursor)
+                person.on_cursor(self.bot, polled.cursor)
         if binding.state == "needs_login" or self._refusal is not None:
             await self._on_accepted(binding)
         if polled.overlong:  # iLink may repeat the same messages for ever
@@ -495,13 +454,17 @@ class BotPoller:
         pace.instants = pace.instants + 1 if is_instant else 0
         if pace.instants > 1:
             await self._pause(0.25 + parts.clock.jitter(0.25))
-        if not (self._greeting is _Greeting.ANNOUNCED or polled.messages or self.stopping):
+        if not (self._is_announced or polled.messages or self.stopping()):
             await self._notify(start=True)  # one client had its sends refused until iLink knew of the bot
+
+    def _known_cursor(self, person: Person) -> str | None:
+        """That of memory; None: the person has none of this bot."""
+        return person.state.cursor if person.state.bot == self.bot else None
 
     def _cursor_of(self, person: Person, binding: Binding) -> str:
         """iLink's newest cursor; that of the bind as long as neither entry nor record has one, or that of before."""
-        known, parts, context = person.state.cursor, self._parts, cursor_context(self.bot)
-        if known is not None:
+        parts, context = self._parts, cursor_context(self.bot)
+        if (known := self._known_cursor(person)) is not None:
             return known
         try:
             if binding.start_cursor:
@@ -518,7 +481,6 @@ class BotPoller:
         self._check_owned(binding)
         if self.claim is not None:
             self.claim.check()
-        self._binding = binding
         account = self._parts.sessions.account(binding)
         if self._is_cut:
             return None
@@ -621,8 +583,9 @@ class BotPoller:
 
         async def release() -> bool:
             is_unbound = parts.bindings.serving(self.bot) is None
-            cursor = self.person.state.cursor if is_unbound and self.person is not None else None
-            sealed = parts.sealer.seal_bytes(cursor_context(self.bot), cursor.encode()) if cursor else b""
+            cursor = self._known_cursor(self.person) if is_unbound and self.person is not None else None
+            # without one, that of before the binding stays: an entry may never have been stored
+            sealed = parts.sealer.seal_bytes(cursor_context(self.bot), cursor.encode()) if cursor else claim.sealed
             await claim.release(sealed=sealed, ttl_s=parts.keep_s if is_unbound else 0)
             return is_unbound
 
@@ -638,20 +601,20 @@ class BotPoller:
 
     async def _notify(self, *, start: bool, even_stale: bool = False) -> None:
         """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
-        parts, binding = self._parts, self._parts.bindings.get(self.bot) or self._binding
+        parts, binding = self._parts, self._parts.bindings.get(self.bot)
         if binding is None or not (even_stale or binding.state == "active"):
             return
         try:
             async with asyncio.timeout(NOTIFY_S):
                 await parts.chat.notify(parts.sessions.account(binding), start=start)
-            self._greeting = _Greeting.ANNOUNCED if start else _Greeting.STARTED
+            self._is_announced = start
         except (AdapterError, TimeoutError) as exc:
             reason = exc.reason if isinstance(exc, AdapterError) else "timeout"
             log.info("notify.failed", bot=self.bot, host=self._host(), start=start, reason=reason)
 
     def _host(self) -> str:
         """Where iLink is for the bot, for the log."""
-        binding = self._parts.bindings.get(self.bot) or self._binding
+        binding = self._parts.bindings.get(self.bot)
         return self._parts.chat.host_of(binding.base_url) if binding is not None else ""
 
     @property
@@ -662,10 +625,6 @@ class BotPoller:
         """What was cut is over; a wish to stop stays."""
         if self._wish is Wish.CUT:
             self._wish = Wish.NONE
-
-    def _must_stop(self) -> bool:
-        """`stopping`, read after an await, where a type checker would assume the earlier value."""
-        return self.stopping
 
     def _is_rebound(self, binding: Binding) -> Callable[[], bool]:
         """A condition: the bot's binding differs from `binding`."""
@@ -679,7 +638,7 @@ class BotPoller:
         self, change: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
     ) -> bool:
         """Waits until `holds()` or the poller must stop; False after `timeout_s` seconds."""
-        return await change.wait_until(lambda: self.stopping or holds(), timeout_s, also=self._wake)
+        return await change.wait_until(lambda: self.stopping() or holds(), timeout_s, also=self._wake)
 
 
 def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
@@ -690,8 +649,3 @@ def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
         return first_s - passed_s
     every_s = often_s if passed_s < LOGIN_POLLED_OFTEN_S else rarely_s
     return every_s - passed_s % every_s
-
-
-def _problem(exc: AdapterError) -> str:
-    """As it is shown with the bot."""
-    return f"{exc.reason}: {exc.detail}" if exc.detail else exc.reason

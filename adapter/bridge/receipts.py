@@ -65,7 +65,7 @@ class Receipts:
         self._metrics = metrics
         self._dead_letters = asyncio.Semaphore(DEAD_LETTERS)
         self._lasts = Batches(self._read_lasts)
-        """Of the commands of many conversations, in one request."""
+        """Of the commands of many persons, in one request."""
 
     async def tell(
         self,
@@ -202,44 +202,27 @@ class Receipts:
 
 
 def result_of(receipt: Receipt) -> CommandResult:
-    """The result in a receipt, for commands that shared its message."""
-    return CommandResult(
-        receipt.outcome,
-        receipt.reason,
-        receipt.detail,
-        tuple(receipt.message_ids),
-        receipt.attempts,
-        receipt.ret,
-        receipt.errcode,
-        receipt.errmsg,
-        receipt.repeat_of,
-        receipt.http_status,
-    )
+    """The result in a receipt, for commands that shared its message. Its fields have the same names there."""
+    return msgspec.convert(receipt, CommandResult, from_attributes=True)
 
 
 def _receipt(
     ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window, reply_to: str, now_ms: int
 ) -> Receipt:
+    told = msgspec.structs.asdict(result)  # its fields have the same names in a receipt
+    told["detail"] = result.detail or _ADVICE.get(result.reason, "")
+    told["message_ids"] = list(result.message_ids)
     return Receipt(
         command=ref.id,
         sequence=ref.sequence,
         sandbox=address.sandbox,
-        outcome=result.outcome,
-        reason=result.reason,
-        detail=result.detail or _ADVICE.get(result.reason, ""),
         bot=address.bot,
         user=address.user,
-        message_ids=list(result.message_ids),
-        ret=result.ret,
-        errcode=result.errcode,
-        errmsg=result.errmsg,
-        http_status=result.http_status,
         window=shown,
         reply_to=reply_to,
-        repeat_of=result.repeat_of,
-        attempts=result.attempts,
         received_at_ms=ref.stored_ms,
         at_ms=now_ms,
+        **told,
     )
 
 

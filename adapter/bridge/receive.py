@@ -11,10 +11,12 @@ A refused write has one cause of four, and what lies behind the expectation tell
     entries of the same time         another owner's: repeats are dropped, the rest is stored behind them
     `ended`, or another time         the person is gone: dead letters
     nothing, or a lower sequence     aged, evicted, deleted or restored: stored behind what is there
+                                     (and 10164 of a cluster that refuses for another write in flight)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -23,7 +25,7 @@ import msgspec
 import structlog
 
 from adapter.bridge import window
-from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry, in_chunks, new_nonce
+from adapter.bridge.entries import Entry, OpenedWindow, Secrets, clear_of, encode_entry, fitting, new_nonce
 from adapter.bridge.media import name_media
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import OVER, AnswerState, Person, Status
@@ -35,7 +37,17 @@ from adapter.contract import messages as contract
 from adapter.contract import names
 from adapter.contract.messages import Inbound, InboundItem
 from adapter.contract.records import Binding
-from adapter.errors import BusRefused, Conflict, Crashed, LeaseLost, PersonGone, Temporary, Unreadable
+from adapter.errors import (
+    BusRefused,
+    Conflict,
+    Crashed,
+    LeaseLost,
+    PersonGone,
+    RecordTooNew,
+    Refused,
+    Temporary,
+    Unreadable,
+)
 from adapter.kit.persist import persist
 from adapter.ports import BusMessage, InboundMessage, MediaRef, Polled
 from adapter.security.seal import dead_context
@@ -46,12 +58,8 @@ T = TypeVar("T")
 
 SLICE = 50
 """Most messages plus KiB of them that are translated in one turn of the event loop."""
-OTHER_BYTES = 128 * 1024
-"""Bytes of an entry beside its messages: fingerprints, and what is sealed; at most a quarter of an entry."""
 ENDED = ("repeat", "stored", "dropped")
 """Outcomes that leave no dead letter."""
-
-
 GONE = "The person was unbound before the message was stored."
 
 
@@ -86,97 +94,75 @@ class Received(msgspec.Struct):
     """What agents read."""
 
 
-class _Answer(msgspec.Struct):
-    """An answer that is being stored."""
-
-    read: list[Received]
-    polled: Polled
-    binding: Binding
-    received_ms: int
-    started: int
-    """The person's position when the poll began."""
-    nonce: str
-    """Of the next entry, also where its write is tried again."""
-    is_alone: bool = False
-    """Each message gets an entry of its own, since one of them is at fault."""
-
-    def those(self, outcome: str) -> list[Received]:
-        return [one for one in self.read if one.outcome == outcome]
-
-
 class Receiver:
-    """Receives for one bot. Only its poller calls it."""
+    """Stores one answer of iLink. Only a bot's poller makes one."""
 
-    def __init__(self, bot: str, person: Person, parts: Parts) -> None:
+    def __init__(
+        self, bot: str, person: Person, parts: Parts, polled: Polled, binding: Binding, started: int
+    ) -> None:
+        """`binding`: with which it was polled; `started`: the person's position when the poll began."""
         self._bot = bot
         self._person = person
         self._parts = parts
+        self._polled = polled
+        self._binding = binding
+        self._started = started
         self._subject = parts.persons.subject(person.key)
+        self._received_ms = parts.clock.now_ms()
+        self._read: list[Received] = []
+        self._nonce = ""
+        """Of the next entry, also where its write is tried again; "": it was not tried."""
+        self._expected: int | None = None
+        """The expectation of that entry's first write; None: it was not tried."""
+        self._is_alone = False
+        """Each message gets an entry of its own, since one of them is at fault."""
 
-    async def receive(self, polled: Polled, binding: Binding, started: int) -> bool:
-        """Returns when all messages are stored. `started`: the person's position when the poll began. False: iLink
-        has only repeated what is known, and has given no new cursor."""
-        person, received_ms = self._person, self._parts.clock.now_ms()
-        answer = _Answer(
-            await self._translate(polled, received_ms), polled, binding, received_ms, started, new_nonce()
-        )
-        self._address(answer)
-        await self._end_others(answer)
-        for one in answer.those("new"):
-            if one.message is not None and one.message.broken:
-                await self._dead_letter(one, "unreadable", one.message.broken, binding)
-        is_cursor_new, is_gone = polled.cursor not in (None, person.state.cursor), False
-        while True:
-            self._drop_repeats(answer)
-            fresh, repeats = answer.those("new"), answer.those("repeat")
-            if not fresh and not (repeats and is_cursor_new and not answer.those("stored")):
-                break
-            try:
-                await self._persist(partial(self._store_next, answer, fresh))
-            except PersonGone as exc:
-                self._end_new(fresh, exc)
-                await self._end_others(answer)
-                is_gone = True
-                break
-            except Crashed as exc:  # a bug of the code that stores
-                if len(fresh) > 1 and not answer.is_alone:
-                    answer.is_alone = True
-                elif fresh:
-                    fresh[0].outcome, fresh[0].detail = "crashed", exc.detail
-                    await self._end_others(answer)
-                else:
-                    break
-                continue
-            if not fresh:
-                break
-        stored = answer.those("stored")
-        if polled.cursor is not None and not stored and (is_gone or person.position <= started):
-            person.on_cursor(polled.cursor)
-        if stored:
-            took_s = max(0, self._parts.clock.now_ms() - received_ms) / 1000
-            self._parts.metrics.inbound_publish_duration.observe(took_s)
+    async def receive(self) -> bool:
+        """Returns when all messages are stored. False: iLink has only repeated what is known, and has given no new
+        cursor."""
+        parts, person, cursor = self._parts, self._person, self._polled.cursor
+        is_cursor_new = cursor not in (None, person.state.cursor)
+        await self._translate()
+        try:
             if not self._is_owner():
-                await self._parts.others.publish_polled(self._bot)
-        return bool(stored) or is_cursor_new or not answer.those("repeat")
+                await self._persist(self._ensure_bound)
+            self._address()
+            await self._end_others()
+            for one in self._read:
+                if one.outcome == "new" and one.message is not None and one.message.broken:
+                    await self._dead_letter(one, "unreadable", one.message.broken)
+            await self._store_all(is_cursor_new)
+        except PersonGone as gone:
+            await self._on_gone(gone)
+        stored = self._those("stored")
+        if cursor is not None and not stored and person.position <= self._started:
+            person.on_cursor(self._bot, cursor)
+        if stored:
+            took_s = max(0, parts.clock.now_ms() - self._received_ms) / 1000
+            parts.metrics.inbound_publish_duration.observe(took_s)
+            if not self._is_owner():
+                await parts.others.publish_polled(self._bot)
+        return bool(stored) or is_cursor_new or not self._those("repeat")
+
+    def _those(self, outcome: str) -> list[Received]:
+        return [one for one in self._read if one.outcome == outcome]
 
     # reading ----------------------------------------------------------------------------------------
 
-    async def _translate(self, polled: Polled, received_ms: int) -> list[Received]:
-        """The messages in the terms of the bus. What cannot be read is marked."""
-        found: list[Received] = []
+    async def _translate(self) -> None:
+        """Reads the messages in the terms of the bus. What cannot be read is marked."""
         size = 0
-        for number, raw in enumerate(polled.messages):
+        for number, raw in enumerate(self._polled.messages):
             size += 1 + len(raw) // 1024
             if size > SLICE:
                 await self._parts.ticks.wait_tick()
                 size = 0
-            found.append(self._read(raw, number, polled.cursor or "", received_ms))
-        return found
+            self._read.append(self._translated(raw, number))
 
-    def _read(self, raw: bytes, number: int, cursor: str, received_ms: int) -> Received:
+    def _translated(self, raw: bytes, number: int) -> Received:
         try:
             message = self._parts.read_message(raw)
-            if not message.keys.message and cursor:
+            if not message.keys.message and (cursor := self._polled.cursor):
                 message = msgspec.structs.replace(message, keys=message.keys.with_position(cursor, number))
             one = Received(raw, message, id=message.keys.id_for(self._bot))
             if message.echo or message.user == self._bot:  # some echoes have no type
@@ -185,7 +171,7 @@ class Receiver:
                 # an answer might go to the group, or to a member who is not the bot's user
                 one.outcome, one.detail = "group", "The message is from a group."
             else:
-                one.line = message.keys.fingerprint(received_ms)
+                one.line = message.keys.fingerprint(self._received_ms)
             return one
         except Unreadable as exc:
             return Received(raw, outcome="unreadable", detail=exc.detail)
@@ -193,59 +179,83 @@ class Receiver:
             log.exception("inbound.crashed", bot=self._bot, work="read")
             return Received(raw, outcome="crashed", detail=Crashed().detail)
 
-    def _address(self, answer: _Answer) -> None:
+    def _address(self) -> None:
         """Marks what somebody wrote whom the bot does not serve. A bot without a known user serves who writes
         first."""
-        user = self._person.user or answer.binding.user
-        for one in answer.those("new"):
+        user = self._person.user or self._binding.user
+        for one in self._those("new"):
             assert one.message is not None
             user = user or one.message.user
             if one.message.user != user:
                 one.outcome, one.detail = "stranger", "The bot serves another person."
 
-    def _drop_repeats(self, answer: _Answer) -> None:
-        """Marks new messages that are repeats."""
-        seen, among = self._person.seen, DedupWindow()
-        for one in answer.those("new"):
-            assert one.message is not None
+    def _fresh(self) -> list[Received]:
+        """The new messages. Those that are known, or come twice in the answer, are marked as repeats."""
+        fresh, seen, among = list[Received](), self._person.seen, DedupWindow()
+        for one in self._read:
+            if one.outcome != "new" or one.message is None:
+                continue
             keys = one.message.keys
-            if seen.is_repeat(keys) or (len(among) and among.is_repeat(keys)):
+            if seen.is_repeat(keys) or (fresh and among.is_repeat(keys)):
                 one.outcome = "repeat"
                 self._count(one, "duplicate")
                 log.info("inbound.duplicate", sandbox=self._person.key.sandbox, message=one.id)
-            elif len(answer.read) > 1:
-                among.add([one.line], len(answer.read))
+                continue
+            fresh.append(one)
+            if len(self._read) > 1:
+                among.add([one.line], len(self._read))
+        return fresh
 
     # storing ----------------------------------------------------------------------------------------
 
-    async def _store_next(self, answer: _Answer, fresh: Sequence[Received]) -> None:
-        """Stores the next entry of an answer, or finds out why it was refused. Raises PersonGone, Temporary."""
-        parts, person, limit = self._parts, self._person, self._parts.max_payload()
-        largest = limit - min(limit // 4, OTHER_BYTES)
+    async def _store_all(self, is_cursor_new: bool) -> None:
+        """Stores entry after entry. A bug of the code that stores costs the message at which it raises. Raises
+        PersonGone."""
+        while fresh := self._fresh():
+            try:
+                await self._persist(partial(self._store_next, fresh))
+            except Crashed as exc:
+                if len(fresh) > 1 and not self._is_alone:
+                    self._is_alone = True
+                else:
+                    fresh[0].outcome, fresh[0].detail = "crashed", exc.detail
+                    await self._end_others()
+        # behind another owner's entry neither cursor nor token of repeats count
+        is_last = self._person.position <= self._started and not self._those("stored")
+        if is_cursor_new and is_last and self._those("repeat"):
+            with contextlib.suppress(Crashed):
+                await self._persist(partial(self._store_next, ()))
+
+    async def _store_next(self, fresh: Sequence[Received]) -> None:
+        """Stores the next entry of the answer, or finds out why it was refused. Raises PersonGone, Temporary."""
+        parts, person = self._parts, self._person
         for one in fresh:
             if not one.payload:
-                self._build(one, answer)
-            if len(one.payload) > largest and not one.detail:
-                await self._make_stub(one, "The bus refuses a message of this size.", answer.binding)
+                self._build(one)
         if any(one.outcome != "new" for one in fresh):
-            await self._end_others(answer)
+            await self._end_others()
             return
-        _, end = next(in_chunks([len(one.payload) for one in fresh], 0 if answer.is_alone else limit // 2))
-        taken = fresh[:end]
-        await self._ensure_bound(answer.binding)
-        entry, secrets, after = self._entry(answer, taken, is_last=end == len(fresh))
+        most_bytes = 0 if self._is_alone else parts.max_payload() // 2
+        taken = fresh[: fitting([len(one.payload) for one in fresh], most_bytes)]
+        await self._ensure_bound()
+        self._nonce = self._nonce or new_nonce()
+        entry, secrets, after = self._entry(taken, is_last=len(taken) == len(fresh))
         payload = encode_entry(entry, secrets, self._subject, parts.sealer)
-        headers = {names.H_SCHEMA: contract.SCHEMA_VERSION, names.H_EXPECTED: str(person.position)}
+        # a repeat expects what the first write did: the sender may have read, and adopted, what that has stored
+        expected = self._expected = person.position if self._expected is None else self._expected
+        headers = {names.H_SCHEMA: contract.SCHEMA_VERSION, names.H_EXPECTED: str(expected)}
         try:
-            sequence = (await parts.bus.publish(BusMessage("in", self._subject, payload, headers))).seq
+            sequence = (await parts.bus.store(BusMessage("in", self._subject, payload, headers))).seq
         except Conflict:
-            if (found := await self._resolve(answer.nonce)) is None:
+            found = await self._resolve(expected)
+            self._expected = None
+            if found is None:
                 return
             sequence = found
         except BusRefused as exc:
-            await self._on_refused(answer, taken, exc)
+            await self._on_refused(taken, exc)
             return
-        await self._on_stored(answer, taken, sequence, after)
+        await self._on_stored(taken, sequence, after)
 
     def _is_owner(self) -> bool:
         try:
@@ -254,10 +264,11 @@ class Receiver:
             return False
         return True
 
-    async def _ensure_bound(self, binding: Binding) -> None:
+    async def _ensure_bound(self) -> None:
         """Raises PersonGone if the person's time is over, as far as is known here; who does not own the person asks
         the bucket."""
-        bindings, key, status = self._parts.bindings, self._person.key, self._person.status
+        bindings, binding = self._parts.bindings, self._binding
+        key, status = self._person.key, self._person.status
         if status in OVER:
             raise PersonGone("erased" if status is Status.ERASED else "not_bound", GONE)
         now = bindings.serving(binding.bot)
@@ -267,27 +278,30 @@ class Receiver:
             await bindings.refresh(binding.bot)
             now = bindings.serving(binding.bot)
         if now is None or (now.sandbox, now.since) != (key.sandbox, key.since):
+            with contextlib.suppress(RecordTooNew, Refused):  # it cannot be read here, and says nothing
+                await self._person.look()
+            if self._person.status is Status.ERASED:
+                raise PersonGone("erased", GONE)
             raise PersonGone("not_bound", f"The bot {binding.bot} was not bound when the message arrived.")
 
-    def _entry(
-        self, answer: _Answer, taken: Sequence[Received], *, is_last: bool
-    ) -> tuple[Entry, Secrets, AnswerState]:
+    def _entry(self, taken: Sequence[Received], *, is_last: bool) -> tuple[Entry, Secrets, AnswerState]:
         """An entry with these messages, and the state after it: behind another's entry the cursor stays, and of token
         and window the newer ones count."""
         person, state = self._person, self._person.state
-        stored = len(answer.those("stored"))
+        stored = len(self._those("stored"))
         size, lines = stored + len(taken), [one.line for one in taken]
-        is_others = state.bot != self._bot or (person.position > answer.started and not stored)
-        opened, token = self._opened_by(answer, taken, is_others=is_others)
-        new_cursor = answer.polled.cursor
-        cursor = state.cursor if is_others or not is_last or new_cursor is None else new_cursor
+        is_others = state.bot != self._bot or (person.position > self._started and not stored)
+        opened, token = self._opened_by(taken, is_others=is_others)
+        cursor = self._polled.cursor
+        if is_others or not is_last or cursor is None:
+            cursor = state.cursor
         user = person.user or next((one.message.user for one in taken if one.message is not None), "")
         shown = OpenedWindow(state.window.id, state.window.written_ms, state.window.opened_ms)
         if opened is not None:
-            shown = OpenedWindow(opened.message, opened.written_ms, answer.received_ms)
+            shown = OpenedWindow(opened.message, opened.written_ms, self._received_ms)
         entry = Entry(
             since=person.key.since,
-            nonce=answer.nonce,
+            nonce=self._nonce,
             user=user,
             bot=state.bot,
             seen=person.prints_with(lines, size),
@@ -296,17 +310,15 @@ class Receiver:
         )
         media = tuple((number, one.fetches) for number, one in enumerate(taken) if one.fetches)
         secrets = Secrets(token=token or state.token, cursor=cursor or "", bots=state.bots, media=media)
-        return entry, secrets, AnswerState(lines, size, cursor, token, opened)
+        return entry, secrets, AnswerState(state.bot, lines, size, cursor, token, opened)
 
-    def _opened_by(
-        self, answer: _Answer, taken: Sequence[Received], *, is_others: bool
-    ) -> tuple[InboundReceived | None, str]:
+    def _opened_by(self, taken: Sequence[Received], *, is_others: bool) -> tuple[InboundReceived | None, str]:
         """What the last message opens, and the newest token. Behind another owner's entry the message counts that
         iLink says is newer; a token of another bot than the state's is not taken."""
         state = self._person.state
         if not taken:
             # a repeat may have a newer token
-            known = [one.message for one in answer.those("repeat") if one.id == state.window.id]
+            known = [one.message for one in self._those("repeat") if one.id == state.window.id]
             tokens = [message.context_token for message in known if message is not None]
             return None, "" if is_others else next(filter(None, tokens), "")
         last = taken[-1].message
@@ -315,13 +327,13 @@ class Receiver:
             return None, ""
         of_taken = (one.message.context_token for one in reversed(taken) if one.message is not None)
         token = next(filter(None, of_taken), "")
-        return InboundReceived(taken[-1].id, token, last.sent_at_ms, answer.received_ms), token
+        return InboundReceived(taken[-1].id, token, last.sent_at_ms, self._received_ms), token
 
-    async def _resolve(self, nonce: str) -> int | None:
-        """What a refused write means. Returns the entry's sequence if it is stored; None: it has to be made anew.
-        Raises PersonGone, Temporary."""
+    async def _resolve(self, expected: int) -> int | None:
+        """What a write means that was refused at this expectation. Returns the entry's sequence if it is stored;
+        None: it has to be made anew. Raises PersonGone, Temporary."""
         persons, person = self._parts.persons, self._person
-        behind = await persons.behind(person.key, person.position)
+        behind = await persons.behind(person.key, expected)
         if not behind:
             _, last = await persons.newest(person.key)
             if last < person.position:  # else somebody has stored an entry meanwhile: it refuses the next write, too
@@ -330,22 +342,25 @@ class Receiver:
         for stored in behind:
             try:
                 found = persons.read(stored)
-            except Unreadable as exc:
+            except (Unreadable, RecordTooNew) as exc:
                 log.error("entry.unreadable", sandbox=person.key.sandbox, sequence=stored.seq, detail=exc.detail)
                 person.position = stored.seq
+                about = clear_of(stored.data)
+                if about.ended or about.since > person.key.since:
+                    raise PersonGone("erased" if about.erased else "not_bound", GONE) from exc
                 continue
             entry = found.entry
-            if entry.nonce == nonce:
+            if entry.nonce == self._nonce:
                 return stored.seq  # what others have stored behind it refuses the next write
             person.adopt(found)
             if person.status in OVER or entry.since != person.key.since:
                 raise PersonGone("erased" if entry.erased else "not_bound", GONE)
         return None
 
-    async def _on_stored(self, answer: _Answer, taken: Sequence[Received], sequence: int, after: AnswerState) -> None:
+    async def _on_stored(self, taken: Sequence[Received], sequence: int, after: AnswerState) -> None:
         parts, person = self._parts, self._person
         now_ms, ages = parts.clock.now_ms(), parts.metrics.inbound_age
-        answer.nonce = new_nonce()
+        self._nonce, self._expected = "", None
         await self._ring(taken, sequence)
         for one in taken:
             message = one.message
@@ -360,7 +375,7 @@ class Receiver:
         log.info("inbound.published", sandbox=person.key.sandbox, messages=[one.id for one in taken])
         try:
             person.on_stored(sequence, after)
-            if answer.binding.options.auto_typing and taken:
+            if self._binding.options.auto_typing and taken:
                 person.sender.show_typing()
         except Exception:  # it costs the window, not the message
             log.exception("inbound.crashed", bot=self._bot, work="on_stored")
@@ -380,7 +395,7 @@ class Receiver:
             except Temporary as exc:
                 log.info("ring.skipped", sandbox=self._person.key.sandbox, reason=exc.reason)
 
-    async def _on_refused(self, answer: _Answer, taken: Sequence[Received], refusal: BusRefused) -> None:
+    async def _on_refused(self, taken: Sequence[Received], refusal: BusRefused) -> None:
         """The stream refuses an entry: a message alone leaves a stub in its place, and itself as a dead letter.
         Raises Temporary if the stream is full."""
         if refusal.is_full:
@@ -388,7 +403,7 @@ class Receiver:
             raise Temporary("inbox_full", refusal.detail)
         log.error("inbound.refused", bot=self._bot, messages=[one.id for one in taken], code=refusal.code)
         if len(taken) != 1:
-            answer.is_alone = True
+            self._is_alone = True
             if not taken:
                 raise Temporary("entry_refused", refusal.detail)
             return
@@ -396,26 +411,30 @@ class Receiver:
         self._count(one, "publish_failed")
         if one.detail:  # the stub is refused, too
             one.outcome = "too_large"
-            await self._dead_letter(one, "too_large", one.detail, answer.binding)
+            await self._dead_letter(one, "too_large", one.detail)
         else:
-            await self._make_stub(one, "The bus refuses the message.", answer.binding)
+            await self._dead_letter(one, "too_large", "The bus refuses the message.")
+            stub = [contract.UnsupportedItem(type=0, reason="too_large")]
+            inbound = msgspec.json.decode(one.payload, type=Inbound)
+            one.payload = msgspec.json.encode(msgspec.structs.replace(inbound, text="", quote=None, items=stub))
+            one.detail, one.fetches = "The bus refuses the message.", ()
 
     # what agents read -------------------------------------------------------------------------------
 
-    def _build(self, one: Received, answer: _Answer) -> None:
+    def _build(self, one: Received) -> None:
         """Makes what agents read of a message. One at which the code raises becomes a dead letter."""
         assert one.message is not None
         try:
-            one.payload = msgspec.json.encode(self._inbound_of(one, one.message, answer))
+            one.payload = msgspec.json.encode(self._inbound_of(one, one.message))
         except Exception:
             log.exception("inbound.crashed", bot=self._bot, work="build")
             one.outcome, one.detail = "crashed", Crashed().detail
 
-    def _inbound_of(self, one: Received, message: InboundMessage, answer: _Answer) -> Inbound:
+    def _inbound_of(self, one: Received, message: InboundMessage) -> Inbound:
         sandbox, state, quote = self._person.key.sandbox, self._person.state, message.quote
         one.items, one.fetches = message.items, tuple(message.fetches)
         if message.fetches:
-            if answer.binding.options.media:
+            if self._binding.options.media:
                 one.items = name_media(sandbox, message.user, one.id, one.items, one.fetches)
             else:
                 one.items, one.fetches = _without_media(one.items, one.fetches), ()
@@ -424,53 +443,49 @@ class Receiver:
             if sent is not None:
                 quote = resolve_quote(quote, message.reference, sent=sent.text, kind=sent.kind)
         token = message.context_token or state.token
-        opened = PersonState(token=token, window=SendWindow(opened_ms=answer.received_ms))
+        opened = PersonState(token=token, window=SendWindow(opened_ms=self._received_ms))
         return Inbound(
             id=one.id,
             sandbox=sandbox,
             bot=self._bot,
             user=message.user,
             sent_at_ms=message.sent_at_ms,
-            received_at_ms=answer.received_ms,
+            received_at_ms=self._received_ms,
             text=message.text,
             items=one.items,
             quote=quote,
-            window=window.visible_window(opened, answer.received_ms, self._parts.policy.window),
+            window=window.visible_window(opened, self._received_ms, self._parts.policy.window),
         )
 
     # dead letters -----------------------------------------------------------------------------------
 
-    def _end_new(self, fresh: Sequence[Received], gone: PersonGone) -> None:
-        for one in fresh:
-            if one.outcome == "new":
-                one.outcome, one.detail = ("dropped" if gone.reason == "erased" else "not_bound"), gone.detail
+    async def _on_gone(self, gone: PersonGone) -> None:
+        """What is left belongs to nobody. Of who was erased nothing is kept."""
         if gone.reason == "erased":
-            log.warning("inbound.dropped", bot=self._bot, messages=len(fresh), detail="Its person was erased.")
+            left = [one for one in self._read if one.outcome not in ENDED]
+            for one in left:
+                one.outcome = "dropped"
+            log.warning("inbound.dropped", bot=self._bot, messages=len(left), detail="Its person was erased.")
+        for one in self._those("new"):
+            one.outcome, one.detail = "not_bound", gone.detail
+        await self._end_others()
 
-    async def _end_others(self, answer: _Answer) -> None:
+    async def _end_others(self) -> None:
         """Counts what is for no inbox, and stores dead letters."""
-        for one in answer.read:
+        for one in self._read:
             if one.outcome == "echo":
                 self._count(one, "rejected")
                 one.outcome = "dropped"
             elif one.outcome not in ("new", *ENDED):
                 self._count(one, "unbound" if one.outcome == "not_bound" else "dead_lettered")
-                await self._dead_letter(one, one.outcome, one.detail, answer.binding)
+                await self._dead_letter(one, one.outcome, one.detail)
                 one.outcome = "dropped"  # once
 
-    async def _make_stub(self, one: Received, detail: str, binding: Binding) -> None:
-        """Leaves a stub in the place of a message that is too large; a dead letter keeps the bytes."""
-        await self._dead_letter(one, "too_large", detail, binding)
-        stub = [contract.UnsupportedItem(type=0, reason="too_large")]
-        inbound = msgspec.json.decode(one.payload, type=Inbound)
-        one.payload = msgspec.json.encode(msgspec.structs.replace(inbound, text="", quote=None, items=stub))
-        one.detail, one.fetches = detail, ()
-
-    async def _dead_letter(self, one: Received, reason: str, detail: str, binding: Binding) -> None:
-        parts, sandbox = self._parts, binding.sandbox
+    async def _dead_letter(self, one: Received, reason: str, detail: str) -> None:
+        parts = self._parts
         msg_id = f"dead:{self._bot}:{names.digest(one.raw)}"
         # an erasure cannot look into what is sealed; the bot of what cannot be read serves one person
-        user = one.message.user if one.message is not None else binding.user
+        user = one.message.user if one.message is not None else self._binding.user
         headers = {names.H_TRACEPARENT: names.derive_traceparent(one.id), names.H_MSG_ID: one.id} if one.id else {}
         await self._persist(
             lambda: parts.events.publish_dead_letter(
@@ -481,7 +496,7 @@ class Receiver:
                 reason=reason,
                 detail=detail,
                 msg_id=msg_id,
-                sandbox=sandbox,
+                sandbox=self._binding.sandbox,
                 user=user if user.isascii() and user.isprintable() else "",  # else no header can name it
                 seal=partial(parts.sealer.seal_bytes, dead_context(msg_id)),
             )
@@ -489,7 +504,7 @@ class Receiver:
 
     def _persist(self, work: Callable[[], Awaitable[T]]) -> Awaitable[T]:
         """Retries also what the bus refuses: iLink may not deliver the messages again, and an operator can lift a
-        limit. Raises Crashed, PersonGone, RecordTooNew."""
+        limit. Raises Crashed, PersonGone."""
         return persist(work, ANYBODY, self._parts.clock, "receive", bot=self._bot)
 
     def _count(self, one: Received, outcome: str) -> None:

@@ -102,7 +102,7 @@ class PersonState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """What memory has of a person, and the record of it."""
 
     bot: str = ""
-    """The bot of token, cursor and window."""
+    """The bot of token and cursor; those of another one are forgotten, the window stays."""
     bots: tuple[str, ...] = ()
     """Former bots of the person, the latest last: a command may answer a message that one of them brought."""
     token: str = ""

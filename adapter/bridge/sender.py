@@ -81,16 +81,14 @@ _NOTHING = 0, 0, 0, ""
 
 
 class Phase(enum.IntEnum):
-    """What `run` does."""
+    """What it does for the first command."""
 
-    IDLE = 0
-    """It does not run."""
-    WAITING = 1
-    """It prepares or waits; nothing is lost if it ends."""
-    ACTING = 2
-    """From the slot for a request until its receipts are stored: a drain lets this end."""
-    SENDING = 3
+    WAITING = 0
+    """It waits, or prepares a request: nothing is lost if it ends."""
+    SENDING = 1
     """A request is counted, and has no answer yet."""
+    ENDING = 2
+    """The answer is there, and its receipts or the record are being stored: a drain lets this end, as a request."""
 
 
 class _Head(msgspec.Struct):
@@ -135,13 +133,13 @@ class Sender:
         """In the order of their sequences."""
         self.reason = ""
         """Why the queue waits; "" if it does not."""
+        self.phase = Phase.WAITING
         self._person = person
         self._parts = parts
         self._tenure = tenure
         self._commands = commands
         self._typing = typing
         self._task: asyncio.Task[None] | None = None
-        self._phase = Phase.IDLE
         self._is_leaving = False
         """Nothing more is begun: another replica may own the person."""
         self._must_save = False
@@ -149,7 +147,7 @@ class Sender:
         self._version = 0
         """Number of changes by others."""
         self._expires_ms = math.inf
-        """No command expires before."""
+        """No command expires before: thousands may wait."""
         self._alone_up_to = 0
         """Commands up to this sequence are not merged."""
         self._head = _Head()
@@ -159,11 +157,7 @@ class Sender:
 
     def enqueue(self, command: QueuedCommand) -> None:
         """Takes a command. One whose message is in progress goes first all the same."""
-        queue = self.queue
-        if not queue or queue[-1].sequence < command.sequence:
-            queue.append(command)
-        else:
-            bisect.insort(queue, command, key=lambda each: each.sequence)
+        bisect.insort(self.queue, command, key=lambda each: each.sequence)
         self._expires_ms = min(self._expires_ms, command.expires_ms)
         self.on_change()
 
@@ -208,11 +202,6 @@ class Sender:
             self._typing.show(bot.account, person.key.sandbox, person.user, person.state.token)
 
     @property
-    def is_sending(self) -> bool:
-        """A request is counted, and has no answer yet."""
-        return self._phase is Phase.SENDING
-
-    @property
     def is_running(self) -> bool:
         return self._task is not None
 
@@ -221,18 +210,12 @@ class Sender:
         """Nothing is in its hands."""
         return self._task is None and not self.queue
 
-    def drain(self) -> asyncio.Task[None] | None:
-        """Lets a request under way end, and nothing else."""
+    def stop(self, *, at_once: bool) -> asyncio.Task[None] | None:
+        """Ends, `at_once` where the partition is another replica's, else behind a request under way."""
         self._is_leaving = True
-        if self._task is not None and self._phase < Phase.ACTING:
+        if self._task is not None and (at_once or self.phase is Phase.WAITING):
             self._task.cancel()
         return self._task
-
-    def stop(self) -> None:
-        """Ends at once, since the partition is another replica's."""
-        self._is_leaving = True
-        if self._task is not None:
-            self._task.cancel()
 
     # the loop ---------------------------------------------------------------------------------------
 
@@ -243,29 +226,29 @@ class Sender:
         crashes = failures = 0
         try:
             while (self.queue or self._must_save) and not self._is_leaving:
-                head, self._phase = self.queue[0] if self.queue else None, Phase.WAITING
+                head, self.phase = self.queue[0] if self.queue else None, Phase.WAITING
                 try:
                     await self._step()
                     failures = 0
                 except LeaseLost:
                     await self._tenure.valid()
                 except StaleRead:  # what was decided by the older record counts no more
-                    self._begin_head()
+                    self._person.take_newer_record()
+                    self._head = _Head()
                     for command in self.queue:
                         command.is_checked = False
+                except (Temporary, BusRefused) as exc:  # the bus or the object store is away
+                    failures += 1
+                    log.warning("person.retrying", sandbox=sandbox, reason=exc.reason, detail=exc.detail)
+                    await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
                 except Exception as exc:
-                    if isinstance(exc, Temporary | BusRefused):  # the bus or the object store is away
-                        failures += 1
-                        log.warning("person.retrying", sandbox=sandbox, reason=exc.reason, detail=exc.detail)
-                        await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
-                        continue
                     crashes = crashes + 1 if self.queue and self.queue[0] is head else 1
                     log.exception("person.crashed", sandbox=sandbox, crashes=crashes)
                     await self._after_crash(exc, crashes)
         except LeaseLost:
             log.debug("person.fenced", sandbox=sandbox)
         finally:
-            self._task, self._phase = None, Phase.IDLE
+            self._task, self.phase = None, Phase.WAITING
 
     async def _after_crash(self, exc: Exception, crashes: int) -> None:
         """The third crash ends the first command. Commands that were merged are tried one by one before."""
@@ -283,11 +266,15 @@ class Sender:
             await self._person.open()
         except (RecordTooNew, Refused):
             now_ms, result = self._parts.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
-            # one that a former owner may have begun stands in the record, and is for who can read it
-            checked = [command for command in self.queue if command.is_checked]
-            await self._end([(command, result) for command in checked if command.expires_ms <= now_ms])
-            left_s = [(each.expires_ms - now_ms) / 1000 for each in checked if each.expires_ms > now_ms]
-            await self._parts.clock.sleep(min([UNREADABLE_S, *left_s]))
+            over = [command for command in self.queue if command.expires_ms <= now_ms]
+            if self._person.bot is None and self._parts.bindings.is_current:
+                over, result = self.queue, CommandResult("refused", "not_bound", sending.UNSERVED)
+            if not over:
+                left_s = [(each.expires_ms - now_ms) / 1000 for each in self.queue]
+                await self._parts.clock.sleep(min([UNREADABLE_S, *left_s]))
+            # the record may say that a former owner has begun them; one that has ended keeps its receipt
+            unknown = CommandResult("uncertain", detail="A former owner may have sent it: its record is unreadable.")
+            await self._end([(each, result if each.is_checked else unknown) for each in over[:MAX_TOGETHER]])
             return False
         return True
 
@@ -346,15 +333,13 @@ class Sender:
             await self._wait(LOST_HEAD_S, seen)
         else:  # the previous owner ended them, and did not store that
             self._person.state = sending.without_lost_head(self._person.state)
-            self._begin_head()
+            self._head = _Head()
 
     async def _end_expired(self, now_ms: int) -> None:
         result = CommandResult("refused", "expired", sending.EXPIRED)
         expired = sending.expired(self.queue, self._person.state, now_ms)[: sending.MERGED_AT_ONCE]
-        if expired:
-            await self._end([(command, await self._result_of_repeat(command) or result) for command in expired])
-        else:
-            self._expires_ms = min(command.expires_ms for command in self.queue)
+        await self._end([(command, await self._result_of_repeat(command) or result) for command in expired])
+        self._expires_ms = min((command.expires_ms for command in self.queue), default=math.inf)
 
     async def _look_up(self, commands: Sequence[QueuedCommand]) -> None:
         """Finds the receipts of commands that somebody may have worked on before, and ends those that are over."""
@@ -514,7 +499,7 @@ class Sender:
             return
         is_begun = person.state.head is not None and person.state.head.is_partially_sent
         if len(group) > 1 and not is_begun:
-            group = sending.mergeable_prefix(group, parts.policy.merge_bytes)
+            group = sending.mergeable_prefix(group)
         progress, head = sending.begun(group, person.state, bot.id), self._head
         content_of = group[0].sequence, progress.part, progress.merged, bot.id
         if progress.merged and not is_begun:
@@ -526,20 +511,15 @@ class Sender:
                 await self._upload(part, bot, group, content_of)
                 return
             content = part
-        slots, sandbox = parts.slots[bot.account.base_url], person.key.sandbox
-        if not (is_free := slots.try_acquire(sandbox)):
-            await slots.acquire(sandbox)
-        try:
-            if not is_free and (
-                sending.blocker(group[0], person.state, bot, parts.policy, parts.clock.now_ms())
-                or not self._is_wanted(bot, group)
-            ):
+        async with parts.slots[bot.account.base_url].slot(person.key.sandbox):
+            now_ms = parts.clock.now_ms()
+            if sending.blocker(group[0], person.state, bot, parts.policy, now_ms) or not self._is_wanted(bot, group):
                 return
-            self._phase = Phase.ACTING
-            answer = await self._request(bot, progress, content, group)
-        finally:
-            slots.release(sandbox)
-            self._phase = min(self._phase, Phase.ACTING)
+            self.phase = Phase.SENDING
+            try:
+                answer = await self._request(bot, progress, content, group)
+            finally:
+                self.phase = Phase.ENDING
         if answer is not None:
             await self._after(answer, bot, group, content)
 
@@ -553,19 +533,14 @@ class Sender:
     ) -> Accepted | AdapterError | None:
         """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
         parts, person, clock = self._parts, self._person, self._parts.clock
-        self._phase = Phase.SENDING
         if not progress.unanswered_attempts:
             self._pace.posted_at = clock.monotonic()
-        before = person.state
-        person.state = window.record_attempt(before, progress, clock.now_ms())
+        person.state = window.record_attempt(person.state, progress, clock.now_ms())
         self._pace.not_before = clock.monotonic() + parts.policy.gap_ms / 1000
         try:
             while not person.is_saved:  # a token is in the bucket before a request uses it
-                await person.save(before)
+                await person.save()
             is_wanted = person.state.head is not None and self._is_wanted(bot, group)
-        except StaleRead:
-            self._pace.not_before = -math.inf
-            raise
         except BaseException:
             self._take_back()
             raise
@@ -613,7 +588,7 @@ class Sender:
             return self._save()  # the pause before the next part is long
         if isinstance(answer, Throttled):
             self._report(answer, bot, before)
-            refusal = sending.refusal(answer, before.attempts)
+            refusal = sending.refusal(answer, before)
             if sending.is_throttled_again(before) or before.unanswered_attempts > 1:  # the first may be the last send
                 return self._end([(command, refusal) for command in group])
             self._head.refusal = refusal
@@ -621,28 +596,22 @@ class Sender:
             if answer.errmsg == PREPARE_FAILED:
                 self._parts.sessions.restart_soon(bot.id)
             return self._save()
-        return self._after_failure(answer, bot, group, attempts=before.attempts)
+        return self._after_failure(answer, bot, group)
 
     async def _after_failure(
-        self,
-        answer: AdapterError,
-        bot: ServingBot,
-        group: list[QueuedCommand],
-        *,
-        attempts: int = 0,
-        is_upload: bool = False,
+        self, answer: AdapterError, bot: ServingBot, group: list[QueuedCommand], *, is_upload: bool = False
     ) -> None:
         """Does what the failure of a request or an upload asks for."""
         parts, progress, pace = self._parts, self._person.state.head, self._pace
         self._report(answer, bot, progress)
         if isinstance(answer, SessionExpired):
-            await self._check_session(answer, bot, group, attempts)
+            await self._check_session(answer, bot, group)
         elif isinstance(answer, Refused):
             if len(group) > 1 and progress is not None and not progress.is_partially_sent:
                 self._alone_up_to = max(self._alone_up_to, group[-1].sequence)
                 await self._save()
                 return
-            refusal = sending.refusal(answer, attempts)
+            refusal = sending.refusal(answer, progress)
             refusal = msgspec.structs.replace(refusal, reason="media") if is_upload else refusal
             await self._end([(command, refusal) for command in group])
         elif isinstance(answer, Uncertain) and not is_upload:
@@ -658,12 +627,11 @@ class Sender:
             if not is_upload:  # if the owner ends now, the next one must not take it for sent
                 await self._save()
 
-    async def _check_session(
-        self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand], attempts: int
-    ) -> None:
+    async def _check_session(self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand]) -> None:
         """-14 to a send is no proof of a dead session: iLink answers a malformed body with it, too."""
-        person, refusal, sessions = self._person, sending.refusal(answer, attempts), self._parts.sessions
-        self._phase = Phase.WAITING
+        person, sessions = self._person, self._parts.sessions
+        refusal = sending.refusal(answer, person.state.head)
+        self.phase = Phase.WAITING
         if not await self._persist(lambda: sessions.is_alive(bot.id), "session"):
             if person.bot is not None and person.bot.id == bot.id:
                 person.bot = msgspec.structs.replace(person.bot, is_usable=False)
@@ -762,11 +730,7 @@ class Sender:
         is_refused = result is None or result.outcome == "refused" or bool(result.repeat_of)
         self._person.state = sending.with_ended(self._person.state, command.ref, is_refused=is_refused)
         if is_first:
-            self._begin_head()
-
-    def _begin_head(self) -> None:
-        """Forgets what concerned the former head."""
-        self._head = _Head()
+            self._head = _Head()
 
     def _save(self) -> Awaitable[None]:
         return self._persist(self._person.save, "record")

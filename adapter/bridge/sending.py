@@ -1,4 +1,4 @@
-"""What becomes of a user's commands: pure decisions, which `conversation.Conversation` carries out.
+"""What becomes of a person's commands: pure decisions, which `sender.Sender` carries out.
 
 The commands of a user form one queue, in the order of their sequences. Only its head is worked on: the first command,
 with the commands that are merged into its message. The head may be sent when a bot with a live token serves the user
@@ -63,8 +63,7 @@ class SendPolicy(msgspec.Struct, frozen=True):
     gap_ms: int
     """Least time between two requests to one user."""
     merge_chars: int
-    """Most characters of a message merged from parked texts; 0: no merging."""
-    merge_bytes: int
+    """Most characters of a message merged from parked texts, which fit whatever they are; 0: no merging."""
 
 
 class ServingBot(msgspec.Struct, frozen=True):
@@ -230,16 +229,11 @@ def next_message(
     return group
 
 
-def mergeable_prefix(group: list[QueuedCommand], max_bytes: int) -> list[QueuedCommand]:
-    """The commands that fit into one message by their texts."""
-    size = 0
-    for count, command in enumerate(group):
-        text = only_text(command)
-        size += len(text.encode()) + len(MERGE_SEPARATOR)
-        if count and size > max_bytes:
+def mergeable_prefix(group: list[QueuedCommand]) -> list[QueuedCommand]:
+    """The commands up to one that leaves a code fence open: the next text would become part of its code."""
+    for count, command in enumerate(group, 1):
+        if closing_fence(only_text(command)):
             return group[:count]
-        if closing_fence(text):  # the next text would become part of its code
-            return group[: count + 1]
     return group
 
 
@@ -322,10 +316,10 @@ def is_throttled_again(before: SendProgress) -> bool:
     return before.throttled_in_window not in ("", before.counted_in_window)
 
 
-def refusal(answer: Refused, attempts: int) -> CommandResult:
-    """iLink's refusal as the result of a command."""
+def refusal(answer: Refused, progress: SendProgress | None) -> CommandResult:
+    """iLink's refusal as the result of a command; None: it was asked for nothing before."""
     reason = "throttled" if isinstance(answer, Throttled) else answer.reason
-    raw = answer.ret, answer.errcode, answer.errmsg
+    raw, attempts = (answer.ret, answer.errcode, answer.errmsg), progress.attempts if progress else 0
     return CommandResult("refused", reason, answer.detail, (), attempts, *raw, http_status=answer.http_status)
 
 
@@ -350,6 +344,11 @@ def final_result(result: CommandResult, record: PersonState, command: QueuedComm
         return result
     if progress.part and progress.part >= command.part_count:
         return accepted_result(progress)
+    return unfinished_result(result, progress)
+
+
+def unfinished_result(result: CommandResult, progress: SendProgress) -> CommandResult:
+    """The result of a command that ends with `result` before all of its parts were accepted."""
     attempts = max(result.attempts, progress.attempts)
     ids, status = tuple(progress.message_ids), result.http_status or progress.http_status
     result = msgspec.structs.replace(result, message_ids=ids, attempts=attempts, http_status=status)

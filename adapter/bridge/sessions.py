@@ -27,7 +27,7 @@ POLLED_WITHIN_S = 90.0
 
 
 class BotSession:
-    """What the poller of a bot on this replica tells the bot's conversations."""
+    """What the poller of a bot on this replica tells the persons whom the bot serves."""
 
     __slots__ = ("is_stale", "is_taken", "poll_now", "polled_at", "restarted_at")
 
@@ -63,13 +63,12 @@ class BotSessions:
         self._tasks = TaskSet("session")
 
     def account(self, binding: Binding) -> Account:
-        """The bot's account. The token is opened once, not for each request. Raises Refused("token_key")."""
+        """The bot's account. The token is opened once: at each poll that would be 4 % of an inbound message. Raises
+        Refused("token_key")."""
         known = self._accounts.get(binding.bot)
         if known is None or known[0] is not binding:
-            known = self._accounts[binding.bot] = (
-                binding,
-                account_of(binding, self._sealer)._replace(base_url=self.base_url(binding)),
-            )
+            account = account_of(binding, self._sealer)._replace(base_url=self.base_url(binding))
+            known = self._accounts[binding.bot] = binding, account
         return known[1]
 
     def base_url(self, binding: Binding) -> str:

@@ -1,7 +1,7 @@
 """The typing indicator: shows users that the bot types, and hides it (docs/reference/ilink-protocol.md, "Typing").
 
-It is best effort: no send waits for it, nothing about it is stored, and who stops at once leaves it shown. A
-conversation has a task while it is shown, which makes all requests for it, one after the other.
+It is best effort: no send waits for it, nothing about it is stored, and who stops at once leaves it shown. A person
+has a task while it is shown, which makes all requests for it, one after the other.
 """
 
 from __future__ import annotations

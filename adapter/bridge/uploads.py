@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from functools import partial
-from typing import NamedTuple
 
 from adapter.bridge.commands import MediaPart
 from adapter.content.media import HEAD, file_name, identify
 from adapter.errors import Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
-from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Read, Uploaded
+from adapter.ports import Account, Cdn, Objects, Pieces, Read, Uploaded
 
 PIECE = 64 * 1024
 
@@ -20,14 +19,8 @@ class StoreAway(Temporary):
     """The object store is not readable now; the CDN is not at fault."""
 
 
-class _Measured(NamedTuple):
-    size: int
-    md5: str
-    head: bytes
-
-
 class Uploads:
-    """Uploads media of parts. The conversation keeps the result for a repeat of its request."""
+    """Uploads media of parts. The sender keeps the result for a repeat of its request."""
 
     def __init__(self, cdn: Cdn, objects: Objects, transfers: FairSlots, *, max_bytes: int) -> None:
         self._cdn = cdn
@@ -41,23 +34,22 @@ class Uploads:
         Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink is unreachable).
         """
         read = partial(_reading, await self._open_source(part))
-        measured = await self._measure_content(read)
-        found = identify(measured.head, part.name)
+        size, md5, head = await self._measure_content(read)
+        found = identify(head, part.name)
         async with self._transfers.slot(sandbox):
             return await self._cdn.upload(
                 account,
                 user=user,
-                kind=_media_kind_of(part, found.mime),
+                kind=part.kind if found.mime.startswith(f"{part.kind}/") else "file",  # no such picture or video
                 name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
-                size=measured.size,
-                md5=measured.md5,
+                size=size,
+                md5=md5,
                 read=read,
             )
 
     async def _open_source(self, part: MediaPart) -> Read:
         """Raises Refused("media"), StoreAway."""
         if not part.object:
-            self._check_size(len(part.data))
             return lambda: _single_piece(part.data)
         try:
             stored = await self._objects.get_info(part.object)
@@ -68,8 +60,8 @@ class Uploads:
         self._check_size(stored.size)
         return partial(self._objects.read, stored)
 
-    async def _measure_content(self, read: Read) -> _Measured:
-        """Reads the content once. Raises Refused("media"), StoreAway."""
+    async def _measure_content(self, read: Read) -> tuple[int, str, bytes]:
+        """Reads the content once. Returns its size, its MD5 and its beginning. Raises Refused("media"), StoreAway."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
         async with contextlib.aclosing(read()) as pieces:
             async for piece in pieces:
@@ -78,16 +70,11 @@ class Uploads:
                 self._check_size(size)
                 if len(head) < HEAD:
                     head += piece[: HEAD - len(head)]
-        return _Measured(size, digest.hexdigest(), head)
+        return size, digest.hexdigest(), head
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise Refused("media", f"too_large: more than {self._max_bytes} bytes are not sent.")
-
-
-def _media_kind_of(part: MediaPart, mime: str) -> MediaKind:
-    """The kind to send a part as: its own, or file if the content is no such picture or video."""
-    return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 
 async def _reading(read: Read) -> Pieces:

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from nats.errors import ConnectionClosedError, NoRespondersError
+from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
-from nats.js import JetStreamContext, api
-from nats.js.errors import APIError, NoStreamResponseError
 
 from adapter.agent.connection import ANSWER_S, Connection
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Refused, SettingsError, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Refused, SettingsError, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.ports import StoredMessage
+from adapter.ports import PubAck, StoredMessage
 from adapter.settings import CREDENTIALS, Settings
 
 BROKE = "The connection to NATS broke: try again."
@@ -51,7 +49,6 @@ class BusConnection(Connection):
 
     def __init__(self, nc: BusClient, settings: Settings) -> None:
         self._set_up(settings, nc, "wechat-nats cli", "credentials that may, see helm/nats/")
-        self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
         self.connection = ManagedConnection(settings, "cli")
         """The same connection, for the adapter's code that reads streams and buckets."""
         self.history = StreamHistory(self.connection)
@@ -100,24 +97,21 @@ class BusConnection(Connection):
         data, _ = await self.ask(verb, msgspec.json.encode(request), timeout_s=timeout_s)
         return decode_answer(data, answer)
 
-    async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
-        """Publishes into a stream. Raises Failed where nothing stored it."""
+    async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> PubAck:
+        """As that of agents, but raises Failed."""
         if len(payload) + sum(len(k) + len(v) + 4 for k, v in headers.items()) + 16 > self.nc.max_payload:
             raise Failed(NO, f"The message is larger than the {self.nc.max_payload} bytes that this server takes.")
         try:
-            publish = self.js.publish(subject, payload, headers=headers, timeout=ANSWER_S)
-            return await self.unless_forbidden(subject, publish)
-        except (NoStreamResponseError, NoRespondersError):
-            fix = "start an adapter once, or run `wechat-nats doctor --fix`"
-            said = f"No stream takes {subject}: {fix}. Or JetStream is not available on this server or for this user."
-            raise Failed(UNREACHABLE, said) from None
-        except APIError as exc:
-            if exc.err_code == STORE_FAILED:
-                raise Failed(NO, f"Not stored: too many messages wait on {subject}; try later.") from None
-            raise Failed(NO, f"Not stored: {exc.description or exc} (error {exc.err_code}).") from None
-        except (NatsError, TimeoutError):
+            return await super().store(subject, payload, headers)
+        except BusRefused as exc:
+            why = f"too many messages wait on {subject}; try later" if exc.is_full else f"error {exc.detail}"
+            raise Failed(NO, f"Not stored: {why}.") from None
+        except (Temporary, NatsError) as exc:
             self.raise_if_forbidden(subject)
             said = f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id."
+            if isinstance(exc, Temporary) and exc.reason == "no_stream":
+                fix = "start an adapter once, or run `wechat-nats doctor --fix`"
+                said = f"{exc.detail[:-1]}: {fix}. Or JetStream is not available on this server or for this user."
             raise Failed(UNREACHABLE, said) from None
 
     async def read_stored(self, stream: str, subject: str, *, keep: Callable[[StoredMessage], T | None]) -> list[T]:

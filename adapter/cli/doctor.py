@@ -24,7 +24,7 @@ from adapter.cli.permission_checks import CheckState, Finding
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.copies import lacking_copies, sentences
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
@@ -88,7 +88,6 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     if checks[-1].state == "ok":
         checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
-        checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         stored = {"tokens": _check_tokens(bus), "readers": _check_readers(bus), "persons": _check_persons(bus)}
         # they time out where this user may not read
         checks += itertools.chain(*await asyncio.gather(*(_attempt(name, check) for name, check in stored.items())))
@@ -146,22 +145,6 @@ async def _check_topology(bus: BusConnection) -> list[Finding]:
     if lacking := lacking_copies(infos):
         return [*checks, *(Finding("copies", "warn", said) for said in sentences(lacking, len(infos)))]
     return [*checks, Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else checks
-
-
-async def _check_unknown_streams(bus: BusConnection) -> list[Finding]:
-    """Streams and buckets under the prefix that this version does not use, so that it reads nothing of them."""
-    prefix = bus.names.prefix
-    ours = (f"{prefix.upper()}_", f"KV_{prefix}_", f"OBJ_{prefix}_")
-    known = {wanted.name for wanted in topology.wanted_streams(bus.names, bus.settings)}
-    counts: dict[str, int] = {}
-    while page := (await bus.api_request("STREAM.LIST", {"offset": len(counts)})).get("streams"):
-        counts |= {stream["config"]["name"]: stream["state"]["messages"] for stream in page}
-    said = "which this version does not read: of another layout, or another program's. If nothing uses it, export"
-    return [
-        Finding(name, "warn", f"{counts[name]:,} messages, {said} what you need, then `nats stream rm {name}`.")
-        for name in sorted(counts.keys() - known)
-        if name.startswith(ours)
-    ]
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
@@ -370,13 +353,13 @@ async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: 
         found = await count_stored_tokens(bus.history, names, sealer)
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
-            await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
+            await reseal_tokens(bus.history, KvBucket(connection, names.bindings), names, sealer)
         if above := await inboxes.find_readers_above(bus):
             sandboxes = output.some_of([one.sandbox for one in above])
             say(f"setting the readers of {sandboxes} to the last sequence of {names.stream_in}")
         for one in above:
             with contextlib.suppress(Conflict):  # by an adapter that runs, which is told by the check after it
-                bucket = LeaderKvBucket(connection, names.readers, ttl_s=one.ttl_s)
+                bucket = KvBucket(connection, names.readers, ttl_s=one.ttl_s)
                 await bucket.write(one.sandbox, one.value, one.revision)
         if gone := await inboxes.unserved(bus, await inboxes.read_inboxes(bus)):
             say(f"deleting {_entries_of(gone)} whom no binding has")

@@ -50,23 +50,16 @@ def on_signal(
     first: Callable[[], object], waits_for: str = "what is being closed", at_most_s: float = CLOSING_S
 ) -> Iterator[None]:
     """Calls `first` at the first signal, after which the process ends in `at_most_s` seconds, by force if need be.
-    A second signal ends it at once. `waits_for`: what the person at the terminal is told, above a countdown."""
+    A second signal ends it at once. `waits_for`: what the person at the terminal is told."""
     loop = asyncio.get_running_loop()
-    told: list[asyncio.TimerHandle] = []
-
-    def count_down(left_s: int) -> None:
-        sys.stderr.write(f"\r  {left_s} s at most; ctrl-C again ends it at once. ")
-        sys.stderr.flush()
-        told[:] = [loop.call_later(1.0, count_down, max(0, left_s - 1))]
 
     def explain() -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\rwechat-nats: waiting for {waits_for}.\n")  # over the terminal's ^C
-            count_down(round(at_most_s))
+        if sys.stderr.isatty():  # over the terminal's ^C
+            sys.stderr.write(f"\rwechat-nats: waiting for {waits_for}.\n")
+            sys.stderr.write(f"  {at_most_s:.0f} s at most; ctrl-C again ends it at once.\n")
+            sys.stderr.flush()
 
     def at_once(number: int, _: object) -> None:
-        if told:
-            os.write(2, b"\n")
         os._exit(128 + number)
 
     def on_first(number: int) -> None:
@@ -83,9 +76,6 @@ def on_signal(
     try:
         yield
     finally:
-        if told:
-            told[0].cancel()
-            sys.stderr.write("\n")
         for number in heard:
             loop.remove_signal_handler(number)
 

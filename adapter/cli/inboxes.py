@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from adapter.bridge.entries import is_ended
+from adapter.bridge.entries import clear_of
 from adapter.cli.bus import BusConnection
 from adapter.contract.records import ALL, ReaderRecord
 from adapter.errors import UNDECODABLE
@@ -88,7 +88,7 @@ async def unserved(bus: BusConnection, inboxes: Sequence[Inbox]) -> list[Inbox]:
             served.add(names.inbox(binding.sandbox, binding.person))
     left = {newest.subject: count for count, newest in inboxes if served and newest.subject not in served}
     again = await bus.history.read_last_of_each(names.stream_in, [*left])
-    return [(left[newest.subject], newest) for newest in again if not is_ended(newest.data)]
+    return [(left[newest.subject], newest) for newest in again if not clear_of(newest.data).ended]
 
 
 async def purge(bus: BusConnection, inboxes: Sequence[Inbox]) -> None:

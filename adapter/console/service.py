@@ -100,7 +100,7 @@ class ConsoleService:
         letter = await self._read_dead_letter(seq)
         message = retry_message(self._names, seq, letter.headers, letter.data)
         async with asyncio.timeout(STORE_S):
-            await self._bus.publish(message)
+            await self._bus.store(message)
         await self._history.delete(self._names.stream_dead, seq)
         return message.subject
 

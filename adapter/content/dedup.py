@@ -133,13 +133,11 @@ class DedupWindow:
             self._mark(added)
 
     def kept(self, now_ms: int, most: int = KEEP) -> bytes:
-        """The state in its stored form, after what is too old or too much was dropped."""
+        """The state in its stored form, without what is too old or too much."""
         start = max(0, len(self._prints) - most * SIZE)
         while start < len(self._prints) and _RECORD.unpack_from(self._prints, start)[5] < now_ms - KEEP_MS:
             start += SIZE
-        if start:
-            self._prints, self._marks = self._prints[start:], None
-        return self._prints
+        return self._prints[start:]
 
     def _has(self, hashed: bytes, offset: int) -> bool:
         """Whether a fingerprint has this hash at this offset."""

@@ -22,15 +22,14 @@ from adapter.contract.messages import (
 )
 
 UNBOUND_S = 72 * 3600
-"""Seconds for which a bot's position and its users' windows are kept after an unbind, so that it continues if it is
-bound again. iLink repeats messages for about an hour, and a user's window is open for a day."""
+"""Seconds for which a bot's cursor is kept after an unbind, so that iLink repeats nothing if it is bound again."""
 
 
 class PrivateRecord(msgspec.Struct, frozen=True, tag_field="v", tag=1):
     """A record with its version. A record whose form changes gets another `tag` of its own.
 
     Every version of a record has these fields, so that an older replica knows what it leaves alone: a binding its
-    `sandbox` and `user`, a member its `draining`.
+    `sandbox`, `user`, `person`, `since` and `bound`, a member its `draining`.
     """
 
 
@@ -62,7 +61,7 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     bound: int = 0
     """Sequence of the bind command that wrote it last."""
     start_cursor: str | None = None
-    """Start cursor of the bind request, used once; sealed."""
+    """Start cursor of the bind request, sealed. It counts while the bot has no other."""
     out_after: int = 0
     """Last sequence of WECHAT_OUT when the person was bound: commands up to it that name neither user nor bot were
     not meant for this person."""

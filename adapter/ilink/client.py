@@ -1,6 +1,6 @@
 """iLink's API calls: builds requests and reads answers by `protocol`, and sends them over the pool's connections.
 
-`ILink` implements ports.Chat and ports.Logins, which pollers, conversations and logins call. A call does four things:
+`ILink` implements ports.Chat and ports.Logins, which pollers, senders and logins call. A call does four things:
 build an `IlinkRequest` (`protocol`), check the base URL (`network`), exchange it (`connection`), and read the
 `IlinkReply` (`protocol`). Every call is counted once with its outcome.
 

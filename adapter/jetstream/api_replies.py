@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.ports import PubAck
 
 T = TypeVar("T")
 
@@ -57,13 +58,6 @@ def error_of(error: ApiError) -> BusRefused | Temporary:
     return BusRefused(code, words)
 
 
-def write_error_of(error: ApiError) -> BusRefused | Temporary:
-    """As error_of, for a write. Full storage is temporary, since an operator can make room."""
-    if error.err_code == ACCOUNT_FULL:
-        return Temporary("bus_full", f"{error.err_code} {error.description}")
-    return error_of(error)
-
-
 def decode_reply(data: bytes, kind: type[T], verb: str) -> T:
     """Decodes the answer to `verb`. Raises Temporary: the server may be broken, or another client may have
     answered."""
@@ -71,6 +65,22 @@ def decode_reply(data: bytes, kind: type[T], verb: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except UNDECODABLE as exc:
         raise Temporary("bus_unreadable", f"JetStream's answer to {verb}: {type(exc).__name__}") from exc
+
+
+class _PublishReply(PubAck):
+    error: ApiError | None = None
+
+
+def decode_ack(data: bytes) -> PubAck:
+    """JetStream's answer to a publish. Raises Conflict, BusRefused, Temporary: also where not JetStream answers, and
+    for full storage, since an operator can make room."""
+    ack = decode_reply(data, _PublishReply, "a publish")
+    if (error := ack.error) is not None:
+        is_full = error.err_code == ACCOUNT_FULL
+        raise Temporary("bus_full", f"{ACCOUNT_FULL} {error.description}") if is_full else error_of(error)
+    if not ack.seq:
+        raise Temporary("no_answer", "Not JetStream has answered.")
+    return ack
 
 
 def unix_ms(rfc3339: str) -> int:

@@ -16,11 +16,10 @@ from nats.errors import Error as NatsError
 
 from adapter.contract.names import H_EXPECTED
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
 from adapter.jetstream.history import StreamHistory, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.publisher import Publisher
-from adapter.ports import BusMessage, Entry, StoredMessage
+from adapter.jetstream.publisher import SingleWrites
+from adapter.ports import Bus, BusMessage, Entry, StoredMessage
 
 log = structlog.get_logger()
 
@@ -35,14 +34,26 @@ def updates_subject_of(bucket: str) -> str:
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
-class LeaderKvBucket:
-    """Implements ports.LeaderBucket. `ttl_s`: time to live of the keys, which removes those that nobody writes any
-    more."""
+class KvBucket:
+    """Implements ports.Bucket and ports.LeaderBucket. `names.to_subject_token` and `names.person_token` make the
+    tokens of keys. One key is read from the leader, since what it says may decide about ownership."""
 
-    def __init__(self, connection: ManagedConnection, name: str, *, ttl_s: int = 0, replicated: bool = False) -> None:
+    def __init__(
+        self,
+        connection: ManagedConnection,
+        name: str,
+        bus: Bus | None = None,
+        *,
+        ttl_s: int = 0,
+        replicated: bool = False,
+    ) -> None:
+        """`bus`: what waits for the bucket; None: a write is one attempt of a second at most. `ttl_s`: time to live
+        of the keys, which removes those that nobody writes any more. `replicated`: the bucket has several servers."""
         self.name = name
         self.stream = f"KV_{name}"
+        self.updates_subject = updates_subject_of(name)
         self._connection = connection
+        self._bus = bus or SingleWrites(connection)
         self._history = StreamHistory(connection, replicated=replicated)
         self._ttl_s = ttl_s
 
@@ -54,17 +65,15 @@ class LeaderKvBucket:
         stored = await get_from_leader(self._connection, self.stream, query, timeout_s=2)
         return None if stored is None else self._entry(stored)
 
-    async def write(self, key: str, value: bytes | None, revision: int) -> int:
-        headers = _headers(revision, self._ttl_s, is_deletion=value is None)
-        msg = await self._connection.request(self.subject(key), value or b"", timeout_s=1, headers=headers)
-        ack = decode_reply(msg.data, _Ack, f"a write to {self.name}")
-        if ack.error is not None:
-            problem = write_error_of(ack.error)
-            raise problem if isinstance(problem, Temporary | Conflict) else Temporary("bus_refused", problem.detail)
-        return ack.seq
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+        found = await self._history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
+        return [self._entry(stored) for stored in found]
 
     async def list_entries(self) -> list[Entry]:
         return [entry async for entry in self.read_entries()]
+
+    async def list_prefix(self, first: str = "") -> list[Entry]:
+        return [entry async for entry in self.read_entries(first) if entry.value is not None]
 
     async def read_entries(self, first: str = "") -> AsyncIterator[Entry]:
         """As ports.Bucket.list_prefix, with deleted entries. A key that is written meanwhile may come twice."""
@@ -75,37 +84,11 @@ class LeaderKvBucket:
         is_deleted = OPERATION in stored.headers or MARKER in stored.headers
         return Entry(stored.subject.removeprefix(self.subject("")), None if is_deleted else stored.data, stored.seq)
 
-
-class KvBucket(LeaderKvBucket):
-    """Implements ports.Bucket. `names.to_subject_token` and `names.person_token` make the tokens of keys.
-
-    `replicated`: the bucket has several servers, any of which may answer a direct get, even a lagging one. Reads that
-    decide about ownership then go to the leader.
-    """
-
-    def __init__(
-        self, connection: ManagedConnection, publisher: Publisher, name: str, *, replicated: bool = False
-    ) -> None:
-        super().__init__(connection, name, replicated=replicated)
-        self.updates_subject = updates_subject_of(name)
-        self._publisher = publisher
-
-    async def get(self, key: str) -> Entry | None:
-        stored = await self._history.read_last(self.stream, self.subject(key))
-        return None if stored is None else self._entry(stored)
-
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
-        found = await self._history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
-        return [self._entry(stored) for stored in found]
-
-    async def list_prefix(self, first: str = "") -> list[Entry]:
-        return [entry async for entry in self.read_entries(first) if entry.value is not None]
-
     async def update(
         self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
     ) -> int:
         try:
-            return await self._publish(key, value, _headers(revision, ttl_s), ensure_owner)
+            return await self.write(key, value, revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
@@ -113,14 +96,28 @@ class KvBucket(LeaderKvBucket):
             raise
 
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
-        return await self._publish(key, b"", _headers(revision, ttl_s, is_deletion=True))
+        return await self.write(key, None, revision, ttl_s=ttl_s)
 
-    async def _publish(
-        self, key: str, value: bytes, headers: dict[str, str], ensure_owner: Callable[[], None] | None = None
+    async def write(
+        self,
+        key: str,
+        value: bytes | None,
+        revision: int | None,
+        *,
+        ttl_s: int = 0,
+        ensure_owner: Callable[[], None] | None = None,
     ) -> int:
-        message = BusMessage("kv", self.subject(key), value, headers, ensure_owner)
+        """Writes the value, or deletes for None, if the key has this revision; None: in any case. Raises as
+        `update`, and Temporary for a single attempt without an answer."""
+        headers = {} if revision is None else {H_EXPECTED: str(revision)}
+        if ttl_s := ttl_s or self._ttl_s:
+            headers[TTL] = f"{ttl_s}s"
+        if value is None:
+            headers[OPERATION] = "DEL"
         try:
-            return (await self._publisher.publish(message)).seq
+            return (
+                await self._bus.store(BusMessage("kv", self.subject(key), value or b"", headers, ensure_owner))
+            ).seq
         except BusRefused as exc:
             if not exc.is_full:
                 raise
@@ -208,17 +205,3 @@ class _Watcher:
             key: revision for key, revision in self._revisions.items() if key in present or revision > newest
         }
         return True
-
-
-class _Ack(ApiReply):
-    seq: int = 0
-
-
-def _headers(revision: int | None, ttl_s: int, *, is_deletion: bool = False) -> dict[str, str]:
-    """`revision`: the one that the key must have; None: any."""
-    headers = {} if revision is None else {H_EXPECTED: str(revision)}
-    if ttl_s:
-        headers[TTL] = f"{ttl_s}s"
-    if is_deletion:
-        headers[OPERATION] = "DEL"
-    return headers

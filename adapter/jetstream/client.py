@@ -108,12 +108,10 @@ class BusClient(Client):
         return True
 
     def _write_due(self) -> None:
-        self._is_write_due = False
-        if self._pending:
-            self.write_pending()
-
-    def write_pending(self) -> None:
         """Writes what is queued. nats-py's flusher does it if the server does not keep up or the socket is closed."""
+        self._is_write_due = False
+        if not self._pending:
+            return
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
         if (
             writer is not None

@@ -272,9 +272,7 @@ class CoreNats:
         self._connection = connection
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        nc = self._connection.nc
-        if nc is None or not nc.try_publish(subject, payload, "", headers):
-            await self._connection.publish(subject, payload, headers=headers)
+        await self._connection.publish(subject, payload, headers=headers)
 
     def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
         """Subscribes on every connection. Messages that arrive while there is none are lost."""

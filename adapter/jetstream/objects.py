@@ -137,7 +137,7 @@ class ObjectStore:
                     # the id drops a duplicate that is sent again after a break
                     headers = {H_MSG_ID: f"{ident}.{contents.chunks}"}
                     async with self._chunk_slots:
-                        await self._publisher.publish(BusMessage("media", self._chunks + ident, chunk, headers))
+                        await self._publisher.store(BusMessage("media", self._chunks + ident, chunk, headers))
         except BaseException:
             await self._delete_chunks(ident)
             raise
@@ -170,7 +170,7 @@ class ObjectStore:
             headers = {H_OFFSET: str(offset), H_EXPECTED: str(before.seq if before else 0)}
             try:
                 async with asyncio.timeout(APPEND_S):
-                    await self._publisher.publish(BusMessage("media", subject, piece, headers))
+                    await self._publisher.store(BusMessage("media", subject, piece, headers))
             except TimeoutError as exc:
                 raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
             except Conflict:
@@ -240,7 +240,7 @@ class ObjectStore:
                 return stored
             headers = {"Nats-Rollup": "sub", H_EXPECTED: str(revision)}
             try:
-                await self._publisher.publish(BusMessage("media", subject, data, headers, ensure_owner))
+                await self._publisher.store(BusMessage("media", subject, data, headers, ensure_owner))
                 return _known(name, meta)
             except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost
                 continue

@@ -1,14 +1,14 @@
-"""Publishes to streams: pipelined, acknowledged, and in order even when the connection breaks.
+"""Stores messages in streams: written at once, acknowledged, and written again where no acknowledgement comes.
 
-A call of `publish` or `publish_all` returns when the stream has acknowledged the messages, however long that takes.
-Unacknowledged messages are kept by stream, in the order of the calls. A stream is in one of two states:
+A call of `store` returns when the stream has acknowledged the message, however long that takes. Each message is a
+compare-and-set or has an id, so that it may be written again. A stream is in one of two states:
 
 - Flowing: each message is written at once. Acknowledgements arrive in any order.
-- Interrupted, after a broken connection, a missing acknowledgement or "no responders": `_recover` alone writes to the
-  stream. It sends the oldest message alone until that is answered, then the others in order.
+- Interrupted, after a broken connection, a missing acknowledgement or "no responders": `_recover` writes the oldest
+  message alone until that is answered, then all others.
 
-So a message never overtakes an earlier one of the same stream, the stream drops duplicates by Nats-Msg-Id, and one
-stream that accepts nothing does not delay the others.
+So one stream that accepts nothing does not delay the others, and is not flooded. The order of two messages is only
+certain where the second is stored after the first call has returned.
 
 Before each write `ensure_owner` checks the lease; the publisher never retries without it. It gives up a message only
 if it can never be written (too large, an invalid header) or the stream refuses it: BusRefused, Conflict.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import msgspec
 import structlog
@@ -27,8 +27,8 @@ from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
 from adapter.contract.names import stream_of
-from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
-from adapter.jetstream.api_replies import ApiError, write_error_of
+from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Temporary
+from adapter.jetstream.api_replies import decode_ack
 from adapter.jetstream.client import BusClient, has_no_responders
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, Clock, wait_event
@@ -46,12 +46,6 @@ STALLED_S = 2.0
 WARN_AGAIN_S = 30.0
 """Interval between two such log entries."""
 NO_ACK = "no acknowledgement"
-
-
-class PublishReply(PubAck):
-    """JetStream's answer to a publish."""
-
-    error: ApiError | None = None
 
 
 class _Outstanding(msgspec.Struct):
@@ -74,10 +68,10 @@ class _Stream:
         self.last_error = NO_ACK
         """Why the oldest write waits, for operators."""
         self.is_interrupted = False
-        self.interruptions = 0
-        """Counts also those during a recovery."""
+        self.has_failed = False
+        """During a recovery: the write failed."""
         self.changed = ChangeSignal()
-        """Notified of answers and interruptions during a recovery."""
+        """Notified of answers and failures during a recovery."""
         self.recovery: asyncio.Task[None] | None = None
         self.warned_at: float | None = None
         """When the log last reported that the stream waits; None: not since it was flowing."""
@@ -87,20 +81,19 @@ class _Stream:
 
 
 class Publisher:
-    """Publishes messages over one connection, and waits until their streams have them."""
+    """Stores messages over one connection, and waits until their streams have them."""
 
     def __init__(self, connection: ManagedConnection, clock: Clock, metrics: Metrics) -> None:
         self._connection = connection
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[str, _Stream] = {}
-        """By the first two tokens of the subject (`_stream_of`)."""
+        """By name."""
         self._outstanding: dict[int, _Outstanding] = {}
         """Unacknowledged messages of all streams."""
         self._numbers = itertools.count()
         self._resumed = ChangeSignal()
         self._interrupted = asyncio.Event()
-        self._decode = msgspec.json.Decoder(PublishReply)
         self._prefix = ""
         """Start of the subjects of acknowledgements; the number follows."""
         connection.on_connect(self._subscribe)
@@ -124,53 +117,23 @@ class Publisher:
         """Whether `wait_writable` would return at once."""
         return not any(stream.is_interrupted and stream.name in streams for stream in self._streams.values())
 
-    async def publish(self, message: BusMessage) -> PubAck:
+    async def store(self, message: BusMessage) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
-        (answer,) = await self.publish_all([message])
-        if isinstance(answer, BusRefused):
-            raise answer
-        return answer
-
-    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
-        """Publishes all messages, pipelined, those of one stream in this order. A refusal takes the place of an ack.
-
-        Raises LeaseLost.
-        """
-        now, is_alone = self._clock.monotonic(), not self._outstanding
-        entries = [self._add_outstanding(message, now) for message in messages]
-        try:
-            for entry in entries:
-                if not entry.stream.is_interrupted and entry.sent_at is None:  # else it is left to `_recover`
-                    await self._write(entry, now)
-            if is_alone and (nc := self._connection.nc) is not None:
-                nc.write_pending()
-            answers: list[PubAck | BusRefused] = []
-            for entry in entries:
-                try:
-                    answers.append(await entry.future)
-                except BusRefused as exc:
-                    answers.append(exc)
-            return answers
-        except BaseException:
-            for entry in entries:
-                self._remove_outstanding(entry)
-            raise
-
-    def _add_outstanding(self, message: BusMessage, now: float) -> _Outstanding:
-        """Adds a message in the order of the calls."""
-        stream = self._stream_of(message)
+        now, stream = self._clock.monotonic(), self._stream_of(message)
         entry = _Outstanding(next(self._numbers), message, stream, asyncio.get_running_loop().create_future(), now)
         self._outstanding[entry.number] = stream.outstanding[entry.number] = entry
-        return entry
+        try:
+            if not stream.is_interrupted:  # else it is left to `_recover`
+                await self._write(entry, now)
+            return await entry.future
+        finally:
+            self._remove_outstanding(entry)
 
     def _stream_of(self, message: BusMessage) -> _Stream:
-        """The stream of a message, by the first two tokens of its subject."""
-        subject = message.subject
-        end = subject.find(".", subject.find(".") + 1)
-        key = subject if end < 0 else subject[:end]
-        found = self._streams.get(key)
+        name = stream_of(message.subject)
+        found = self._streams.get(name)
         if found is None:
-            found = self._streams[key] = _Stream(stream_of(subject), message.stream, self._metrics)
+            found = self._streams[name] = _Stream(name, message.stream, self._metrics)
         return found
 
     def _remove_outstanding(self, entry: _Outstanding) -> None:
@@ -209,36 +172,27 @@ class Publisher:
         return sent_at is not None and self._clock.monotonic() - sent_at > ACK_TIMEOUT_S
 
     async def _recover(self, stream: _Stream) -> None:
-        """Sends the oldest message alone until it is answered, then all others in order."""
-        while stream.is_interrupted:
+        """Writes the oldest message alone until one is answered, then all others."""
+        while oldest := next(iter(stream.outstanding.values()), None):
             await self._connection.wait_connected()
-            interruptions = stream.interruptions
-            oldest = next(iter(stream.outstanding.values()), None)
-            if oldest is not None and not await self._write_alone(oldest):
-                await self._report_stalled(stream)
-                await self._clock.sleep(RETRY_S)
-                continue
-            # messages added meanwhile are written here, too, so that the order is kept
-            last = -1
-            while fresh := [entry for number, entry in stream.outstanding.items() if number > last]:
-                for entry in fresh:
-                    await self._write(entry, self._clock.monotonic())
-                last = fresh[-1].number
-            if stream.interruptions != interruptions:
-                continue
-            stream.is_interrupted = False
-            self._resumed.notify_all()
-            if stream.warned_at is not None:
-                stream.warned_at = None
-                log.info("publish.resumed", stream=stream.name)
+            if await self._write_alone(oldest):
+                break
+            await self._report_stalled(stream)
+            await self._clock.sleep(RETRY_S)
+        stream.is_interrupted = False
+        for entry in [*stream.outstanding.values()]:
+            await self._write(entry, self._clock.monotonic())
+        self._resumed.notify_all()
+        if stream.warned_at is not None and not stream.is_interrupted:
+            stream.warned_at = None
+            log.info("publish.resumed", stream=stream.name)
 
     async def _write_alone(self, entry: _Outstanding) -> bool:
-        """Writes a message, and waits until it is answered. False: the stream was interrupted, or no answer came."""
-        stream, interruptions = entry.stream, entry.stream.interruptions
+        """Writes a message, and waits until it is answered. False: that failed, or no answer came."""
+        stream = entry.stream
+        stream.has_failed = False
         await self._write(entry, self._clock.monotonic())
-        if not await stream.changed.wait_until(
-            lambda: entry.future.done() or stream.interruptions != interruptions, ACK_TIMEOUT_S
-        ):
+        if not await stream.changed.wait_until(lambda: entry.future.done() or stream.has_failed, ACK_TIMEOUT_S):
             stream.last_error = NO_ACK
             self._connection.record_answered(False)
         return entry.future.done()
@@ -277,9 +231,8 @@ class Publisher:
             self._interrupt(stream)
             return
         try:
-            given = message.subject, message.payload, f"{self._prefix}{entry.number}", message.headers or None
-            if not nc.try_publish(*given):
-                await nc.publish(*given)
+            reply = f"{self._prefix}{entry.number}"
+            await nc.publish(message.subject, message.payload, reply, message.headers or None)
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # it can never be written, and must not block the messages behind it
             stream.refused.inc()
@@ -289,8 +242,7 @@ class Publisher:
             self._interrupt(stream)
 
     def _interrupt(self, stream: _Stream) -> None:
-        stream.is_interrupted = True
-        stream.interruptions += 1
+        stream.is_interrupted = stream.has_failed = True
         stream.changed.notify_all()
         self._interrupted.set()
 
@@ -311,24 +263,37 @@ class Publisher:
             self._interrupt(stream)
             return
         try:
-            ack = self._decode.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
-            log.warning("publish.ack_unreadable", stream=stream.name)
+            ack = decode_ack(data)
+        except Temporary as exc:
+            stream.last_error = exc.detail
             self._interrupt(stream)
             return
-        if ack.error is not None:
-            problem = write_error_of(ack.error)
-            if isinstance(problem, Temporary):
-                stream.last_error = problem.detail
-                self._interrupt(stream)
-                return
+        except BusRefused as exc:
             stream.refused.inc()
-            self._refuse(entry, problem)
+            self._refuse(entry, exc)
             return
         self._remove_outstanding(entry)
         entry.future.set_result(ack)
         stream.stored.inc()
         stream.took.observe(self._clock.monotonic() - entry.requested_at)
+
+
+class SingleWrites:
+    """Implements ports.Bus by one attempt, of at most a second: for who decides by the time that it takes, or has no
+    publisher. Raises Conflict and Temporary: the message may be stored."""
+
+    def __init__(self, connection: ManagedConnection) -> None:
+        self._connection = connection
+
+    async def store(self, message: BusMessage) -> PubAck:
+        subject, payload, headers = message.subject, message.payload, message.headers
+        reply = await self._connection.request(subject, payload, ACK_TIMEOUT_S, headers)
+        try:
+            return decode_ack(reply.data)
+        except Conflict:
+            raise
+        except BusRefused as exc:
+            raise Temporary(exc.reason, exc.detail) from exc
 
 
 def _headers_size(headers: dict[str, str]) -> int:

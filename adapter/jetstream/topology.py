@@ -24,7 +24,7 @@ from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import SHARDS, Names
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, NO_STREAM
-from adapter.jetstream.buckets import LeaderKvBucket, updates_subject_of
+from adapter.jetstream.buckets import KvBucket, updates_subject_of
 from adapter.jetstream.history import direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
@@ -413,7 +413,7 @@ async def read_layout(connection: ManagedConnection, names: Names) -> Layout | N
 
 async def write_layout(connection: ManagedConnection, names: Names, settings: Settings) -> None:
     """Raises Temporary, Conflict."""
-    bucket, value = LeaderKvBucket(connection, names.claims), msgspec.json.encode(Layout(LAYOUT, shape_of(settings)))
+    bucket, value = KvBucket(connection, names.claims), msgspec.json.encode(Layout(LAYOUT, shape_of(settings)))
     entry = await bucket.get(KEY)
     if entry is None or entry.value != value:
         await bucket.write(KEY, value, entry.revision if entry else 0)

@@ -34,8 +34,9 @@ class Owner(Protocol):
 async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, name: str, **fields: Any) -> T:
     """The result of `work`, which is tried again after a failure of the bus and after a pause of the lease.
 
-    `name` and `fields` are logged. Raises LeaseLost once the right to act is over; Crashed for a bug, which raises in
-    every attempt; RecordTooNew; StaleRead. `work` checks the right itself, right before it acts.
+    `name` and `fields` are logged. `owner` is asked only after a LeaseLost: `work` checks the right itself, right
+    before it acts. Raises LeaseLost once the right is over; Crashed for a bug, which raises in every attempt;
+    PersonGone; RecordTooNew; StaleRead.
     """
     failures = crashes = pauses = 0
     while True:

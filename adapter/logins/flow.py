@@ -311,7 +311,7 @@ class LoginFlow:
             check=False,  # iLink has named them
         )
         headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
-        await self._bus.publish(BusMessage("ctl", self._names.bind, msgspec.json.encode(bind), headers))
+        await self._bus.store(BusMessage("ctl", self._names.bind, msgspec.json.encode(bind), headers))
         return bind
 
     async def _confirm(self, scan: Scan) -> None:

@@ -172,7 +172,7 @@ class Events:
         failures = 0
         while True:
             try:
-                return await self._bus.publish(message)
+                return await self._bus.store(message)
             except BusRefused as exc:
                 if not exc.is_full:
                     raise
@@ -222,7 +222,7 @@ class Events:
                 kept[H_BODY] = "sealed" if len(payload) == len(data) else "sealed, cut"
                 payload = seal(payload)
             try:
-                await self._bus.publish(BusMessage("dead", subject_to, payload, kept))
+                await self._bus.store(BusMessage("dead", subject_to, payload, kept))
                 return True
             except BusRefused as exc:
                 why = exc.detail

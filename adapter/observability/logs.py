@@ -11,7 +11,6 @@ event's own. Tokens and texts must not be fields at all; redaction is only a saf
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import re
@@ -46,10 +45,7 @@ OUTAGE = frozenset(
         "work.retrying",
     }
 )
-"""Events that iLink or the bus causes for all bots at once. Only coroutines log them."""
-OUTAGE_S = 60.0
-PLURALS = {"bot": "bots", "sandbox": "sandboxes", "login": "logins", "connection": "connections"}
-"""Fields that name whom a line is about, and those with the number of them."""
+"""Events that iLink or the bus causes for all bots at once."""
 KEPT_COUNTS = 4096
 """Most events of sandboxes whose lines are counted, the latest ones: about 1 MB."""
 
@@ -144,53 +140,25 @@ def configure(
     logging.captureWarnings(True)
 
 
-class _Outage:
-    """The lines about what fails for one reason at one host that were left out in this minute."""
-
-    def __init__(self) -> None:
-        self.suppressed = 0
-        self.last: EventDict = {}
-        self._named: dict[str, set[str]] = {field: set() for field in PLURALS}
-
-    def add(self, event: EventDict) -> None:
-        self.suppressed += 1
-        self.last = event
-        for field, names in self._named.items():
-            if name := event.get(field):
-                names.add(str(name)[:FOREIGN_CHARS])
-
-    def summary(self) -> EventDict:
-        """The last line, with the number of those that the lines name instead of a name, if they are several."""
-        several = {field: len(names) for field, names in self._named.items() if len(names) > 1}
-        kept = {name: value for name, value in self.last.items() if name not in several}
-        counts = {PLURALS[field]: count for field, count in several.items()}
-        return {**kept, **counts, "suppressed": self.suppressed}
-
-
 class FloodLimit:
     """Drops lines about a sandbox (`sandbox`, or `subject` of its commands) that come too often; `suppressed` in the
-    first line after a minute says how many. Lines of severity `debug` are not limited.
-
-    Of an event of `OUTAGE`, the first line is written at once. If more follow within a minute, one line at its end
-    has the last of them, `suppressed`, and their number (`bots`, `sandboxes`, …) instead of their names.
+    first line after a minute says how many. Lines of severity `debug` are not limited. Of an event of `OUTAGE`, a
+    line a minute is written for each reason and host, whomever it is about.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lines: dict[tuple[object, ...], tuple[float, int]] = {}
-        """By event, reason and sandbox: the end of the minute, and the lines in it."""
-        self._outages: dict[tuple[object, ...], _Outage] = {}
-        """By event, work, reason and host."""
+        """By event, reason and what they are about: the end of the minute, and the lines in it."""
 
     def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        if method == "debug" or "suppressed" in event:
-            return event
-        if event["event"] in OUTAGE:
-            return self._limit_outage(method, event)
-        about = event.get("sandbox") or event.get("subject")
-        if not about:
+        is_outage = event["event"] in OUTAGE
+        about = (event.get("work"), event.get("host")) if is_outage else event.get("sandbox") or event.get("subject")
+        if method == "debug" or not about:
             return event
         most, reason = (INFO_PER_MINUTE, "") if method == "info" else (OTHERS_PER_MINUTE, event.get("reason"))
+        if is_outage:
+            most, reason = 1, event.get("reason")
         key, now = (event["event"], reason, str(about)[:FOREIGN_CHARS]), self._clock()
         until, lines = self._lines.pop(key, (now + 60, 0))
         suppressed = max(0, lines - most)
@@ -202,24 +170,6 @@ class FloodLimit:
         if lines >= most:
             raise structlog.DropEvent
         return {**event, "suppressed": suppressed} if suppressed else event
-
-    def _limit_outage(self, method: str, event: EventDict) -> EventDict:
-        key = (event["event"], *(event.get(field) for field in ("work", "reason", "host")))
-        if outage := self._outages.get(key):
-            outage.add(event)
-            raise structlog.DropEvent
-        self._begin_minute(key, method)
-        return event
-
-    def _begin_minute(self, key: tuple[object, ...], method: str) -> None:
-        self._outages[key] = _Outage()
-        asyncio.get_running_loop().call_later(OUTAGE_S, self._end_minute, key, method)
-
-    def _end_minute(self, key: tuple[object, ...], method: str) -> None:
-        outage = self._outages.pop(key)
-        if outage.suppressed:
-            self._begin_minute(key, method)
-            getattr(structlog.get_logger(), method)(**outage.summary())
 
 
 def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

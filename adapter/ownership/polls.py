@@ -30,11 +30,13 @@ class PollClaim:
         self._revision = revision
         self._bucket = bucket
         self._leases = leases
+        self._is_taken = False
+        """Somebody else has written the key."""
 
     def check(self) -> None:
         """Raises LeaseLost unless this replica may poll the bot now. It may while it is alive, even if it has handed
         the shard over, since no other replica takes the bot before its release."""
-        if not self._leases.is_valid or self._leases.incarnation != self.owner:
+        if self._is_taken or not self._leases.is_valid or self._leases.incarnation != self.owner:
             raise LeaseLost("lease_lost", self.bot)
 
     async def valid(self) -> None:
@@ -50,6 +52,7 @@ class PollClaim:
         try:
             await self._bucket.update(to_subject_token(self.bot), value, self._revision, ttl_s=ttl_s)
         except Conflict as exc:
+            self._is_taken = True
             raise LeaseLost("bot_taken", self.bot) from exc
 
 

@@ -11,7 +11,7 @@ from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import AGENT, Declared
-from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
@@ -44,8 +44,8 @@ class Edges:
         self.service_connection = ManagedConnection(settings, f"{client} services")
         self.upload_connection = ManagedConnection(settings, f"{client} uploads")
         self.leases = Leases(
-            LeaderKvBucket(self.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaderKvBucket(self.lease_connection, names.claims),
+            KvBucket(self.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            KvBucket(self.lease_connection, names.claims),
             self.clock,
             self.metrics,
             instance=instance,
@@ -58,7 +58,7 @@ class Edges:
         self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
         # a page of messages is small, and a message that has just come is in it
         self.inboxes = StreamHistory(self.service_connection, replicated=self._replicated)
-        self.readers = LeaderKvBucket(
+        self.readers = KvBucket(
             self.service_connection, names.readers, ttl_s=int(READER_LIVES * settings.in_max_age_h * 3600)
         )
         self.core = CoreNats(self.connection)
@@ -81,11 +81,11 @@ class Edges:
         )
 
     def bucket(self, name: str) -> KvBucket:
-        return KvBucket(self.connection, self.bus, name, replicated=self._replicated)
+        return KvBucket(self.connection, name, self.bus, replicated=self._replicated)
 
     def bulk_bucket(self, name: str) -> KvBucket:
         """A bucket over the connection of media."""
-        return KvBucket(self.media_connection, self.media_bus, name, replicated=self._replicated)
+        return KvBucket(self.media_connection, name, self.media_bus, replicated=self._replicated)
 
     async def wait_connected(self) -> None:
         """Returns when JetStream's connection and those of the services are connected."""

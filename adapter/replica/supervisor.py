@@ -34,7 +34,7 @@ from adapter.bridge.person import Person
 from adapter.bridge.poller import BotPoller
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
-from adapter.errors import Crashed, LeaseLost, RecordTooNew, Temporary
+from adapter.errors import Crashed, LeaseLost, RecordTooNew, Refused, Temporary
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import ChangeSignal, Clock, backoff, wait_any
@@ -284,8 +284,14 @@ class Supervisor:
     async def _look(self, binding: Binding, shard: Partition) -> None:
         """Reads the newest entry of a person, beside the poll that waits."""
         person = shard.person(binding)
+
+        async def look() -> None:
+            shard.tenure.check()
+            with contextlib.suppress(Refused):  # no known key opens the entry: the person says so
+                await person.look()
+
         with contextlib.suppress(LeaseLost, Crashed, RecordTooNew):
-            await persist(person.look, shard.tenure, self._clock, "look", bot=binding.bot)
+            await persist(look, shard.tenure, self._clock, "look", bot=binding.bot)
 
     async def is_released(self, bot: str, *, ask: bool) -> bool:
         """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's poll key has, which

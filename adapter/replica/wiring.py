@@ -165,8 +165,7 @@ class Replica:
             policy=SendPolicy(
                 window=WindowPolicy(sends=settings.sends_per_window, hours=settings.window_hours),
                 gap_ms=settings.send_gap_ms,
-                merge_chars=min(settings.merge_chars, settings.part_chars),
-                merge_bytes=settings.part_bytes,
+                merge_chars=min(settings.merge_chars, settings.part_chars, settings.part_bytes // 4),
             ),
             limits=Limits(
                 park_ms=int(settings.park_hours * 3_600_000),
@@ -228,16 +227,7 @@ class Replica:
         return Partition(number, self.parts)
 
     def new_router(self, tenure: Tenure) -> Router:
-        return Router(
-            self.edges.bus,
-            self.names,
-            self.receipts,
-            self.parts.limits,
-            self.sealer,
-            tenure,
-            self.clock,
-            self.metrics,
-        )
+        return Router(self.parts, tenure)
 
     def new_control(self, tenure: Tenure) -> Control:
         edges, events = self.edges, self.events

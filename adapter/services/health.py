@@ -96,6 +96,8 @@ class BotHealth:
 def _state_of(stored: StoredPerson, binding: Binding) -> PersonState:
     """Of entry and record the one with the newer window; that of another bot than the binding's has no token."""
     state, entry = stored.state or PersonState(), stored.entry
+    if state.bot not in ("", binding.bot):
+        state = structs.replace(state, token="")
     if entry is None or entry.entry.since != binding.since or (opened := entry.opened()) is None:
         return state
     if opened.message == state.window.id or (opened.received_ms or 0) < state.window.opened_ms:

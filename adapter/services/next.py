@@ -16,6 +16,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
+from adapter.bridge.entries import clear_of
 from adapter.contract.messages import Handed, NextPage, NextQuery
 from adapter.contract.names import H_EXPECTED, MAX_SEQ, Names, check_sandbox, position, read_position
 from adapter.contract.records import ALL, ReaderRecord
@@ -76,17 +77,6 @@ def _numbered(record: ReaderRecord, revision: int) -> ReaderRecord:
     return record if record.reader else structs.replace(record, reader=revision)
 
 
-class _Stored(msgspec.Struct):
-    """What is read of an entry."""
-
-    since: int = 0
-    ended: bool = False
-    messages: list[msgspec.Raw] = []
-
-
-_decode = msgspec.json.Decoder(_Stored).decode
-
-
 class _Found(NamedTuple):
     """A message, and whose it is."""
 
@@ -129,7 +119,7 @@ class _Page:
 
     def messages_in(self, stored: StoredMessage) -> list[_Found]:
         """Those of an entry that are behind the position. The entries of a subject are to be given in order."""
-        subject, entry, found = stored.subject, _entry_in(stored), []
+        subject, entry, found = stored.subject, clear_of(stored.data), []
         before = _before(stored)
         if not entry.ended and before is not None and before > self._after[0] and before != self._last.get(subject):
             self._gaps.add(subject)
@@ -169,14 +159,6 @@ def _is_current(found: _Found, head: _Head) -> bool:
     return not head.ended and head.since in (0, found.since)
 
 
-def _entry_in(stored: StoredMessage) -> _Stored:
-    """Of what the adapter has not written: nothing."""
-    try:
-        return _decode(stored.data)
-    except UNDECODABLE:
-        return _Stored()
-
-
 def _before(stored: StoredMessage) -> int | None:
     """Sequence of the subject's entry before this one, when it was stored; None: unknown."""
     text = stored.headers.get(H_EXPECTED, "")
@@ -184,7 +166,7 @@ def _before(stored: StoredMessage) -> int | None:
 
 
 def _head_of(stored: StoredMessage, *, keep: bool = False) -> _Head:
-    entry, before = _entry_in(stored), _before(stored)
+    entry, before = clear_of(stored.data), _before(stored)
     return _Head(
         stored.subject,
         stored.seq,

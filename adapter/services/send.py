@@ -41,7 +41,7 @@ class SendService:
         if trace := author_traceparent(request.headers):
             headers[H_TRACEPARENT] = trace
         try:
-            ack = await self._bus.publish(BusMessage("out", self._names.out(sandbox), request.data, headers))
+            ack = await self._bus.store(BusMessage("out", self._names.out(sandbox), request.data, headers))
         except BusRefused as exc:
             raise Temporary("full", f"The command is not stored: {exc.detail}") from exc
         return SandboxResponse(msgspec.json.encode(CommandStored(command=body.id or ident, sequence=ack.seq)), {})

@@ -248,7 +248,9 @@ def check(disordered: int, more: int = 0) -> None:
 
 
 async def read_inboxes(nc: Client, *, timed: bool = False) -> Received:
-    return await _read(nc, NAMES.live("*"), Received(timed=timed, numbered=True))
+    """Of both bridges: the adapter publishes each message live once it is stored, the floor stores it by itself."""
+    received = await _read(nc, NAMES.live("*"), Received(timed=timed, numbered=True))
+    return await _read(nc, NAMES.inbox("*", "floor"), received)
 
 
 async def read_receipts(nc: Client) -> Received:

@@ -74,7 +74,7 @@ async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int) -> 
         for message in answer["msgs"]:
             text = message["item_list"][0]["text_item"]["text"]
             inbound = {"id": str(message["message_id"]), "sandbox": f"s{bot}", "text": text}
-            waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound)))
+            waiting.append(await acks.publish(f"wechat.inbox.s{bot}.floor", msgspec.json.encode(inbound)))
         for future in waiting:
             await future
 

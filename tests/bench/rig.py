@@ -23,7 +23,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.cli.embedded import find_server
-from adapter.contract.names import to_subject_token
+from adapter.contract.names import person_token, to_subject_token
 from adapter.contract.records import Binding
 from adapter.security.seal import Sealer
 from tests.authority import Authority
@@ -176,7 +176,9 @@ class Rig:
         for number in range(bots):
             bot = f"{number}@im.bot"
             token = sealer.seal(bot, f"{bot}:0600abcd")
-            binding = Binding(sandbox=f"s{number}", bot=bot, token=token, user=f"user{number}@im.wechat")
+            sandbox, user = f"s{number}", f"user{number}@im.wechat"
+            person = person_token(sandbox, user)
+            binding = Binding(sandbox=sandbox, bot=bot, token=token, user=user, person=person, since=number + 1)
             await nc.publish(f"$KV.wechat_bindings.{to_subject_token(bot)}", msgspec.json.encode(binding))
         await nc.flush()
         js = nc.jetstream()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -80,14 +81,15 @@ async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:
 async def test_a_binding_of_a_newer_version_is_left_alone_and_said_once() -> None:
     """Who it serves is known, and its token is not used."""
     bindings, bucket = await following()
-    text = made_newer(msgspec.json.encode(BOUND), sandbox="s2", token={"of": "another form"})
+    fields: dict[str, Any] = {"sandbox": "s2", "person": "p1", "since": 7, "bound": 8}
+    text = made_newer(msgspec.json.encode(BOUND), token={"of": "another form"}, **fields)
     with capture_logs() as logs:
         for _ in range(2):
             bucket.put(to_subject_token(BOT), text)
         with pytest.raises(Refused, match="too_new"):
             await bindings.put(BOUND)
         assert await bindings.update(BOT, lambda binding: BOUND) is None
-    assert bindings.get(BOT) == Binding(sandbox="s2", bot=BOT, user="u1@im.wechat", token="", state="too_new")
+    assert bindings.get(BOT) == Binding(bot=BOT, user="u1@im.wechat", token="", state="too_new", **fields)
     assert bucket.entries[to_subject_token(BOT)].value == text
     assert [(line["event"], line["bot"], line["version"]) for line in logs] == [("record.too_new", BOT, 2)]
     await bindings.remove(BOT)  # somebody unbinds it, or erases its person

@@ -51,6 +51,6 @@ class Inbox:
 
     async def _publish(self, subject: str, payload: bytes) -> int:
         headers = {H_EXPECTED: str(self.last.get(subject, 0))}
-        ack = await self.rig.publisher.publish(BusMessage("in", subject, payload, headers))
+        ack = await self.rig.publisher.store(BusMessage("in", subject, payload, headers))
         self.last[subject] = ack.seq
         return ack.seq

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nats.aio.client import Client
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.names import H_MSG_ID, Names
-from adapter.errors import LeaseLost
+from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
@@ -21,7 +21,7 @@ from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.ports import BusMessage
+from adapter.ports import BusMessage, PubAck
 from adapter.settings import Settings
 
 NAMES = Names()
@@ -80,7 +80,7 @@ class Rig:
             task.cancel()
 
     def bucket(self, name: str = NAMES.persons) -> KvBucket:
-        return KvBucket(self.connection, self.publisher, name)
+        return KvBucket(self.connection, name, self.publisher)
 
     async def first(self, stream: str) -> int:
         """The first sequence of a stream."""
@@ -140,4 +140,16 @@ STATUS = [
 async def control(rig: Rig, *texts: str) -> None:
     """Stores such texts as control commands."""
     for text in texts:
-        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, text.encode(), {}))
+        await rig.publisher.store(BusMessage("ctl", NAMES.bind, text.encode(), {}))
+
+
+async def store_all(publisher: Publisher, messages: Iterable[BusMessage]) -> list[PubAck | BusRefused]:
+    """Stores messages, all at once; a refusal takes the place of an acknowledgement."""
+
+    async def store(message: BusMessage) -> PubAck | BusRefused:
+        try:
+            return await publisher.store(message)
+        except BusRefused as exc:
+            return exc
+
+    return await asyncio.gather(*map(store, messages))

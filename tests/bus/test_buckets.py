@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import direct_get
 from adapter.ports import BusMessage, Entry, StoredMessage
@@ -36,7 +36,7 @@ async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
 
 @pytest.mark.parametrize("replicated", [False, True])
 async def test_a_bucket_gives_many_keys_at_once(rig: Rig, replicated: bool) -> None:
-    bucket = KvBucket(rig.connection, rig.publisher, NAMES.bindings, replicated=replicated)
+    bucket = KvBucket(rig.connection, NAMES.bindings, rig.publisher, replicated=replicated)
     assert await bucket.get_all([]) == []
     assert await bucket.get_all(["k1", "k2"]) == []
     written = [Entry(f"k{i}", b"%d" % i, await bucket.update(f"k{i}", b"%d" % i, 0)) for i in range(600)]
@@ -200,7 +200,7 @@ async def test_a_follower_reads_again_when_the_server_that_answered_lags(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has seen as many keys as there are, and one of them in an older value."""
-    bucket = KvBucket(rig.connection, rig.publisher, NAMES.bindings, replicated=True)
+    bucket = KvBucket(rig.connection, NAMES.bindings, rig.publisher, replicated=True)
     first = await bucket.update("k", b"1", 0)
     seen: list[bytes | None] = []
 
@@ -240,7 +240,7 @@ async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
 
 
 async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
-    bucket = LeaderKvBucket(rig.connection, NAMES.members, ttl_s=60)
+    bucket = KvBucket(rig.connection, NAMES.members, ttl_s=60)
     assert await bucket.get("r1") is None
     first = await bucket.write("r1", b"1", 0)
     with pytest.raises(Conflict):
@@ -274,7 +274,7 @@ async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
             await rig.connection.api_request(f"STREAM.{verb}.{bucket.stream}", body)
         assert refused.value.code == code
     with pytest.raises(BusRefused, match="rollup not permitted"):  # as `nats kv purge` writes it
-        await rig.publisher.publish(
+        await rig.publisher.store(
             BusMessage("kv", bucket.subject("a"), b"", {"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
         )
     assert await bucket.get("a") == kept

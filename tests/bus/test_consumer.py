@@ -83,7 +83,7 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
     await control(rig)
     for number, headers in enumerate(STATUS):
-        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, str(number).encode(), headers))
+        await rig.publisher.store(BusMessage("ctl", NAMES.bind, str(number).encode(), headers))
     reader = Reader(rig)
     await reader.have(len(STATUS))
     assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
@@ -103,7 +103,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_as_redelivered(rig
     await eventually(settled, "both are acknowledged")
     first.task.cancel()
     await asyncio.wait([first.task])
-    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"new", {}))
+    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"new", {}))
 
     successor = Reader(rig)
     await successor.have(5)
@@ -171,7 +171,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     assert reader.resets == 2
     assert all(delivery.redelivered for delivery in reader.got[3:])
     count = len(reader.got)
-    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"3", {}))
+    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"3", {}))
     await reader.have(count + 1)
     assert reader.texts[count:] == ["3"]
 
@@ -240,7 +240,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     successor = Reader(rig, room=8)
     await successor.have(8)
     await successor.got[0].ack()
-    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"8", {}))
+    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
         while await successor.unacknowledged() != 8:
             await asyncio.sleep(0.01)
@@ -251,7 +251,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     thawed.task.cancel()
     await asyncio.wait([thawed.task])
     await successor.got[1].ack()
-    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"9", {}))
+    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"9", {}))
     await successor.have(10)
     assert successor.texts == [*texts, "8", "9"]
     assert thawed.got == []
@@ -294,7 +294,7 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
     name = topology.out_consumer(shard_of("s1"))
     reader = Reader(rig, name=name)
     for text in (b"0", b"1", b"2"):
-        await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), text, {}))
+        await rig.publisher.store(BusMessage("out", NAMES.out("s1"), text, {}))
     await reader.have(3)
     await reader.got[0].ack()
     while len(await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1")))) > 2:
@@ -302,7 +302,7 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
     rig.bus.kill()
     await rig.bus.start()
     await reader.have(5)
-    await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"3", {}))
+    await rig.publisher.store(BusMessage("out", NAMES.out("s1"), b"3", {}))
     await reader.have(6)
     later = [(delivery.data, delivery.redelivered) for delivery in reader.got[3:]]
     assert later == [(b"1", True), (b"2", True), (b"3", False)]

@@ -55,7 +55,7 @@ class Said:
             for name, value in headers.items()
         }
         try:
-            ack = await self.side.bus.publish(BusMessage("event", subject, payload, given))
+            ack = await self.side.bus.store(BusMessage("event", subject, payload, given))
         except BusRefused as exc:
             self.found.append((type(exc).__name__, exc.code))
             return 0

@@ -14,12 +14,15 @@ import pytest
 from nats.aio.msg import Msg
 
 from adapter.bridge.entries import Entry, Secrets, StoredEntry, encode_entry, messages_of, read_entry
+from adapter.bridge.inflight import NO_WINDOW
 from adapter.bridge.person import Person, Status
 from adapter.bridge.persons import Persons, StoredPerson, seal_state
+from adapter.bridge.receipts import Address, Receipts
 from adapter.bridge.receive import Receiver
-from adapter.bridge.record import PersonState
+from adapter.bridge.record import CommandRef, PersonState
+from adapter.bridge.sending import CommandResult
 from adapter.contract.messages import Inbound
-from adapter.contract.names import H_EXPECTED, H_POSITION, H_REASON, person_token
+from adapter.contract.names import H_EXPECTED, H_POSITION, H_REASON, command_traceparent, person_token
 from adapter.contract.records import PersonKey
 from adapter.errors import Conflict
 from adapter.jetstream import topology
@@ -31,7 +34,7 @@ from adapter.observability.events import Events
 from adapter.ports import Bus as BusPort
 from adapter.ports import BusMessage, PubAck, StoredMessage
 from adapter.settings import Settings
-from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on, store_all
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.lossy import Loss, Lossy
 from tests.e2e.memory import in_memory
@@ -41,7 +44,7 @@ from tests.inbound.pollers import BOT, USER, raw
 
 SINCE = 7
 IN = NAMES.stream_in
-STREAMS = (IN, NAMES.stream_dead, f"KV_{NAMES.persons}")
+STREAMS = (IN, NAMES.stream_dead, NAMES.stream_event, f"KV_{NAMES.persons}")
 BOTH = pytest.mark.parametrize("copies", [1, 3], ids=["one server", "three servers"])
 THREE = pytest.mark.parametrize("copies", [3], ids=["three servers"])
 
@@ -61,7 +64,7 @@ class Replica:
         self.bench = Bench()
         self.bus: BusPort = bus or rig.publisher
         history = history or StreamHistory(rig.connection, replicated=replicated)
-        self.bucket = KvBucket(rig.connection, rig.publisher, NAMES.persons, replicated=replicated)
+        self.bucket = KvBucket(rig.connection, NAMES.persons, rig.publisher, replicated=replicated)
         self.persons = Persons(self.bus, history, self.bucket, NAMES, self.bench.sealer)
         self.partition = self.bench.shard(
             bus=self.bus,
@@ -83,7 +86,7 @@ class Replica:
         assert binding is not None
         person = self.partition.person(binding)
         async with asyncio.timeout(PATIENCE_S):
-            await Receiver(bot, person, self.partition.parts).receive(polled, binding, person.position)
+            await Receiver(bot, person, self.partition.parts, polled, binding, person.position).receive()
 
 
 class Place:
@@ -354,7 +357,7 @@ async def make_anew(place: Place, *kept: StoredMessage, first: int = 1) -> None:
     await place.far.connection.api_request(f"STREAM.DELETE.{IN}", timeout_s=15)
     await place.far.connection.api_request(f"STREAM.CREATE.{IN}", config | {"first_seq": first}, timeout_s=15)
     for each in kept:
-        await place.far.publisher.publish(BusMessage("in", each.subject, each.data, {}))
+        await place.far.publisher.store(BusMessage("in", each.subject, each.data, {}))
 
 
 async def restore(place: Place) -> None:
@@ -451,9 +454,9 @@ class Noting:
         self._publisher = publisher
         self.codes: Counter[int] = Counter()
 
-    async def publish(self, message: BusMessage) -> PubAck:
+    async def store(self, message: BusMessage) -> PubAck:
         try:
-            return await self._publisher.publish(message)
+            return await self._publisher.store(message)
         except Conflict as exc:
             self.codes[exc.code] += 1
             raise
@@ -555,7 +558,7 @@ async def store_persons(place: Place, count: int, *, size: int = 10) -> list[Per
         records.append((key, seal_state(key, user, PersonState(bot=f"b{number}"), sealer)))
         keys.append(key)
     for start in range(0, count, 256):
-        acks = await place.far.publisher.publish_all(writes[start : start + 256])
+        acks = await store_all(place.far.publisher, writes[start : start + 256])
         assert all(isinstance(ack, PubAck) for ack in acks)
         part = records[start : start + 256]
         await asyncio.gather(*(place.other.bucket.update(key.key, value, 0) for key, value in part))
@@ -606,6 +609,27 @@ async def test_persons_with_large_entries_are_taken_whole(place: Place) -> None:
     assert is_whole(keys, await place.replica(place.near).persons.load_all(keys))
 
 
+class Lag:
+    """The first two reads of a stream's newest messages are answered by a server that lags: it knows nothing, or only
+    what lies below a sequence."""
+
+    def __init__(self, stream: str, below: int | None) -> None:
+        self.asked = 0
+        self._stream = stream
+        self._below = below
+
+    async def direct_get(
+        self, connection: Any, of: str, body: dict[str, Any]
+    ) -> tuple[list[StoredMessage], dict[str, str]]:
+        if of == self._stream and "multi_last" in body:
+            self.asked += 1
+            if self.asked <= 2:
+                if self._below is None:
+                    return [], {"Status": "404", "Description": "No Results"}
+                body |= {"up_to_seq": self._below}
+        return await direct_get(connection, of, body)
+
+
 @pytest.mark.parametrize("lags", ["empty", "old"])
 @pytest.mark.parametrize("stream", [IN, f"KV_{NAMES.persons}"], ids=["entries", "records"])
 async def test_a_server_that_lags_is_not_believed(
@@ -614,23 +638,33 @@ async def test_a_server_that_lags_is_not_believed(
     """The next server that answers has all. What the first one knows ends before the persons, or among them."""
     keys = await store_persons(place, 20)
     first, _ = await place.far.history.first_and_last(stream)
-    asked = 0
-
-    async def lagging(connection: Any, of: str, body: dict[str, Any]) -> tuple[list[StoredMessage], dict[str, str]]:
-        nonlocal asked
-        if of != stream or "multi_last" not in body:
-            return await direct_get(connection, of, body)
-        asked += 1
-        if asked > 2:
-            return await direct_get(connection, of, body)
-        if lags == "empty":
-            return [], {"Status": "404", "Description": "No Results"}
-        return await direct_get(connection, of, body | {"up_to_seq": first + 9})
-
-    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
+    lag = Lag(stream, None if lags == "empty" else first + 9)
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lag.direct_get)
     place.replicated = True
     assert is_whole(keys, await place.replica(place.near).persons.load_all(keys))
-    assert asked == 3
+    assert lag.asked == 3
+
+
+@pytest.mark.parametrize("lags", ["empty", "old"])
+async def test_receipts_are_found_though_a_server_lags(
+    place: Place, lags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next owner would send again what has its receipt."""
+    clock, metrics = place.other.bench.clock, place.other.bench.metrics
+    events, history = Events(place.far.publisher, NAMES, clock, metrics), place.far.history
+    refs = [CommandRef(sequence=number, stored_ms=5, id=f"c{number}") for number in range(1, 21)]
+    for ref in refs:
+        trace = command_traceparent("", "s1", ref.sequence, ref.stored_ms, "")
+        await Receipts(events, history, NAMES, clock, metrics).publish(
+            ref, CommandResult("accepted"), Address("s1"), NO_WINDOW, trace
+        )
+    first, _ = await history.first_and_last(NAMES.stream_event)
+    lag = Lag(NAMES.stream_event, None if lags == "empty" else first + 9)
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lag.direct_get)
+    of_copies = StreamHistory(place.near.connection, replicated=True)
+    found = await Receipts(events, of_copies, NAMES, clock, metrics).find("s1", refs)
+    assert list(found) == [ref.sequence for ref in refs]
+    assert lag.asked == 3
 
 
 async def test_a_part_of_an_answer_by_a_server_that_lags_is_not_believed(
@@ -643,7 +677,7 @@ async def test_a_part_of_an_answer_by_a_server_that_lags_is_not_believed(
     for key in keys[:2]:
         subject = NAMES.inbox(key.sandbox, key.person)
         payload = encode_entry(Entry(since=key.since), Secrets(), subject, place.mine.bench.sealer)
-        newest.append((await place.far.publisher.publish(BusMessage("in", subject, payload, {}))).seq)
+        newest.append((await place.far.publisher.store(BusMessage("in", subject, payload, {}))).seq)
     asked = 0
 
     async def lagging(connection: Any, of: str, body: dict[str, Any]) -> tuple[list[StoredMessage], dict[str, str]]:

@@ -16,13 +16,13 @@ from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, Heads, PubAck, StoredMessage
-from tests.bus.rig import NAMES, Rig, control, event
+from tests.bus.rig import NAMES, Rig, control, event, store_all
 from tests.e2e.waiting import until
 
 
 async def test_a_stream_is_read_from_a_sequence_or_a_time(rig: Rig) -> None:
     subject = NAMES.event("s1", "receipt")
-    await rig.publisher.publish_all([event(number, f"s{number % 2}") for number in range(600)])
+    await store_all(rig.publisher, [event(number, f"s{number % 2}") for number in range(600)])
     odd = [str(number).encode() for number in range(1, 600, 2)]
     first = await rig.first(NAMES.stream_event)
     assert await rig.read(NAMES.stream_event, subject) == odd
@@ -45,7 +45,7 @@ async def test_a_purge_keeps_the_newest_over_all_subjects_of_a_wildcard(rig: Rig
         BusMessage("event", NAMES.receipt(sandboxes[number % 3], f"c{number}", number), str(number).encode(), {})
         for number in range(600)
     ]
-    await rig.publisher.publish_all([*receipts, event(1, "s1")])
+    await store_all(rig.publisher, [*receipts, event(1, "s1")])
     everything = NAMES.receipts("s1")
     before = await rig.read(NAMES.stream_event, everything)
     for _ in range(2):
@@ -60,7 +60,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
     await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", config | {"max_msg_size": -1})
     large = [bytes([number]) * 700_000 for number in range(12)]
-    await rig.publisher.publish_all([BusMessage("out", NAMES.out("s1"), data, {}) for data in large])
+    await store_all(rig.publisher, [BusMessage("out", NAMES.out("s1"), data, {}) for data in large])
     asked: list[Msg] = []
 
     async def on_message(msg: Msg) -> None:
@@ -84,7 +84,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
 
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
     subject = NAMES.inbox("s1", "p")
-    acks = [await rig.publisher.publish(BusMessage("in", subject, str(n).encode(), {})) for n in range(3)]
+    acks = [await rig.publisher.store(BusMessage("in", subject, str(n).encode(), {})) for n in range(3)]
     for _ in range(2):
         await rig.history.delete(NAMES.stream_in, acks[1].seq)
     assert await rig.read(NAMES.stream_in, subject) == [b"0", b"2"]
@@ -98,7 +98,7 @@ def on_disk(folder: Path) -> bytes:
 @pytest.mark.parametrize("erase", [True, False])
 async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool, tmp_path: Path) -> None:
     """As an erased person's words. A mere deletion leaves them there while a later message shares their block."""
-    (ack, _) = await rig.publisher.publish_all([msgspec.structs.replace(event(number), payload=b"secret %d" % number)
+    (ack, _) = await store_all(rig.publisher, [msgspec.structs.replace(event(number), payload=b"secret %d" % number)
                                                 for number in range(2)])  # fmt: skip
     assert isinstance(ack, PubAck)
     await rig.history.delete(NAMES.stream_event, ack.seq, erase=erase)
@@ -154,7 +154,7 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     stream, subject = NAMES.stream_dead, NAMES.dead_letters("*")
     assert await rig.history.read_newest(stream, subject, count=3) == []
     for number in range(1, 41):
-        await rig.publisher.publish(BusMessage("dead", NAMES.dead_letters(f"X{number % 2}"), b"%d" % number, {}))
+        await rig.publisher.store(BusMessage("dead", NAMES.dead_letters(f"X{number % 2}"), b"%d" % number, {}))
 
     async def newest(**where: Any) -> list[int]:
         return [stored.seq for stored in await rig.history.read_newest(stream, subject, **where)]
@@ -198,8 +198,8 @@ async def test_the_heads_of_subjects_are_those_from_a_sequence_on(rig: Rig) -> N
 
     stream, subject = NAMES.stream_in, NAMES.inbox("s1")
     assert await rig.history.read_heads(stream, subject, start=1) == Heads([], 0, is_cut=False)
-    await rig.publisher.publish_all([said(person, number) for number, person in enumerate("abcabd")])
-    await rig.publisher.publish(BusMessage("in", NAMES.inbox("s2", "a"), b"another's", {}))
+    await store_all(rig.publisher, [said(person, number) for number, person in enumerate("abcabd")])
+    await rig.publisher.store(BusMessage("in", NAMES.inbox("s2", "a"), b"another's", {}))
     first, last = await rig.history.first_and_last(stream)
     assert last == first + 6 == await rig.history.last_sequence(stream)
     for asking in (rig.history, StreamHistory(rig.connection, replicated=True)):
@@ -214,7 +214,7 @@ async def test_the_heads_of_subjects_are_those_from_a_sequence_on(rig: Rig) -> N
 async def test_heads_that_are_many_bytes_are_cut_and_of_too_many_subjects_there_are_none(rig: Rig) -> None:
     stream, subject = NAMES.stream_in, NAMES.inbox("s1")
     large = [BusMessage("in", NAMES.inbox("s1", f"p{number}"), bytes(400_000), {}) for number in range(5)]
-    await rig.publisher.publish_all(large)
+    await store_all(rig.publisher, large)
     found, start, is_cut = [], 1, True
     while is_cut:
         heads = await rig.history.read_heads(stream, subject, start=start)
@@ -223,7 +223,7 @@ async def test_heads_that_are_many_bytes_are_cut_and_of_too_many_subjects_there_
         start, is_cut = heads.messages[-1].seq + 1, heads.is_cut
         assert len(heads.messages) < len(large)
     assert found == [message.subject for message in large]
-    await rig.publisher.publish_all([BusMessage("in", NAMES.inbox("s1", f"q{n}"), b"", {}) for n in range(1020)])
+    await store_all(rig.publisher, [BusMessage("in", NAMES.inbox("s1", f"q{n}"), b"", {}) for n in range(1020)])
     assert await rig.history.read_heads(stream, subject, start=1) is None
 
 
@@ -232,7 +232,7 @@ async def test_heads_are_as_new_as_the_leader(rig: Rig, monkeypatch: pytest.Monk
     """A server that lags knows of the first messages, or of none."""
     stream, subject = NAMES.stream_in, NAMES.inbox("s1")
     persons = "abca"
-    await rig.publisher.publish_all([BusMessage("in", NAMES.inbox("s1", person), b"", {}) for person in persons])
+    await store_all(rig.publisher, [BusMessage("in", NAMES.inbox("s1", person), b"", {}) for person in persons])
     first, last = await rig.history.first_and_last(stream)
     asked = 0
 

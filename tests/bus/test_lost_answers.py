@@ -10,10 +10,10 @@ import pytest
 
 from adapter.contract.names import H_MSG_ID
 from adapter.errors import Temporary
-from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.objects import CHUNK, ObjectStore
 from adapter.ports import BusMessage, Entry, PubAck
-from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on, store_all
 from tests.bus.test_consumer import Reader
 from tests.bus.test_objects import content, count, pieces_of, whole
 from tests.e2e.lossy import Loss, Lossy
@@ -61,7 +61,7 @@ async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place
             for subject in SUBJECTS.values()
         ]
         async with asyncio.timeout(PATIENCE_S):
-            answers = await asyncio.gather(*(rig.publisher.publish_all(batch) for batch in batches))
+            answers = await asyncio.gather(*(store_all(rig.publisher, batch) for batch in batches))
         assert all(loss.has_happened for loss in losses)
         for acks in answers:
             assert all(isinstance(ack, PubAck) for ack in acks)
@@ -88,7 +88,7 @@ async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, pl
 
 
 async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lossy: Lossy) -> None:
-    bucket = LeaderKvBucket(rig.connection, NAMES.claims)
+    bucket = KvBucket(rig.connection, NAMES.claims)
     loss = lose_ack(lossy, f"KV_{NAMES.claims}")
     with pytest.raises(Temporary):
         await bucket.write("1", b"me", 0)
@@ -148,7 +148,7 @@ async def test_a_request_fails_in_time_and_the_next_is_answered(rig: Rig, lossy:
 @pytest.mark.parametrize("place", [0, BATCH // 2, BATCH])
 async def test_a_reading_with_a_gap_is_none(rig: Rig, lossy: Lossy, place: int) -> None:
     """What is read decides what was told before: a message that is passed over would be lost, or told twice."""
-    await rig.publisher.publish_all([event(number) for number in range(BATCH)])
+    await store_all(rig.publisher, [event(number) for number in range(BATCH)])
     subject = NAMES.event("s1", "receipt")
     loss = lossy.lose(b"HMSG", skip=place)
     async with asyncio.timeout(PATIENCE_S):
@@ -162,7 +162,7 @@ async def test_a_reading_with_a_gap_is_none(rig: Rig, lossy: Lossy, place: int) 
 async def test_the_newest_of_several_subjects_are_all_read_or_none(rig: Rig, lossy: Lossy, place: int) -> None:
     """A receipt that is passed over would let its command be sent again."""
     sandboxes = [f"s{number}" for number in range(BATCH)]
-    await rig.publisher.publish_all([event(number, sandbox) for number, sandbox in enumerate(sandboxes)])
+    await store_all(rig.publisher, [event(number, sandbox) for number, sandbox in enumerate(sandboxes)])
     subjects = [NAMES.event(sandbox, "receipt") for sandbox in sandboxes]
     loss = lossy.lose(b"HMSG", skip=place)
     async with asyncio.timeout(PATIENCE_S):

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Temporary
 from adapter.jetstream.api_replies import is_leaderless
-from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import direct_get_one, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
@@ -99,7 +99,7 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
         return Reply(said, {})
 
     monkeypatch.setattr(rig.connection, "request", request)
-    bucket = LeaderKvBucket(rig.connection, NAMES.members)
+    bucket = KvBucket(rig.connection, NAMES.members)
     with pytest.raises(Temporary):
         await bucket.get("me")
     if said != b"{}":
@@ -140,7 +140,7 @@ async def test_what_is_stored_is_data_whatever_it_looks_like(
     made the adapter leave its server, again and again, or raise."""
     monkeypatch.setattr("adapter.jetstream.managed_connection.SUSPECT_AFTER_S", 0.0)
     subject = NAMES.out("s1")
-    ack = await rig.publisher.publish(BusMessage("out", subject, stored, {}))
+    ack = await rig.publisher.store(BusMessage("out", subject, stored, {}))
     kept = f"{NAMES.out_plain}.>"
     for _ in range(5):
         found = [

@@ -14,7 +14,7 @@ from adapter.contract.messages import NextPage, NextQuery
 from adapter.contract.names import H_EXPECTED, position
 from adapter.contract.records import ALL
 from adapter.errors import Refused, Temporary
-from adapter.jetstream.buckets import TTL, LeaderKvBucket
+from adapter.jetstream.buckets import TTL, KvBucket
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, Heads, SandboxRequest, StoredMessage
@@ -79,7 +79,7 @@ class Place:
 
     def __init__(self, rig: Rig) -> None:
         self.rig, self.clock, self.history, self.inbox = rig, Now(), Counted(rig), Inbox(rig)
-        self.bucket = LeaderKvBucket(rig.connection, NAMES.readers, ttl_s=2 * KEPT_S)
+        self.bucket = KvBucket(rig.connection, NAMES.readers, ttl_s=2 * KEPT_S)
         self.readers = Readers(self.bucket, self.clock)
         self._service = Next(
             self.readers,
@@ -236,7 +236,7 @@ async def test_the_bucket_forgets_who_does_not_ask_and_who_asks_then_goes_on(pla
     stored = await place.rig.history.read_last(f"KV_{NAMES.readers}", f"$KV.{NAMES.readers}.s1")
     assert stored is not None
     assert stored.headers[TTL] == f"{2 * KEPT_S}s"
-    brief = LeaderKvBucket(place.rig.connection, NAMES.readers, ttl_s=1)
+    brief = KvBucket(place.rig.connection, NAMES.readers, ttl_s=1)
     await brief.write("s1", stored.data, stored.seq)
 
     async def is_gone() -> None:
@@ -467,8 +467,8 @@ async def test_newest_entries_that_are_many_bytes_are_read_in_parts(place: Place
 async def test_what_the_adapter_has_not_written_is_no_message(place: Place) -> None:
     subject = place.inbox.subject("a")
     for payload in (b"", b"no json", b'{"messages":"x"}', b'{"v":1,"since":1}'):
-        await place.rig.publisher.publish(BusMessage("in", subject, payload, {}))
-    await place.rig.publisher.publish(
+        await place.rig.publisher.store(BusMessage("in", subject, payload, {}))
+    await place.rig.publisher.store(
         BusMessage("in", subject, b'{"since":1,"messages":[{"text":"1"}]}', {H_EXPECTED: ""})
     )
     await place.say("two", user="b")

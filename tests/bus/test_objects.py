@@ -122,10 +122,10 @@ async def test_an_object_is_whole_where_only_the_answer_to_its_description_was_l
     rig: Rig, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The publisher sends it again, which is a conflict, and then the stream does not answer."""
-    publish, read_last = rig.publisher.publish, StreamHistory.read_last
+    write, read_last = rig.publisher.store, StreamHistory.read_last
 
     async def answers_late(message: BusMessage) -> PubAck:
-        ack = await publish(message)
+        ack = await write(message)
         if ".M." not in message.subject:
             return ack
         monkeypatch.setattr(StreamHistory, "read_last", is_away)
@@ -134,7 +134,7 @@ async def test_an_object_is_whole_where_only_the_answer_to_its_description_was_l
     async def is_away(*_: object) -> None:
         raise Temporary("bus_timeout")
 
-    monkeypatch.setattr(rig.publisher, "publish", answers_late)
+    monkeypatch.setattr(rig.publisher, "store", answers_late)
     with pytest.raises(Temporary):
         await store.put("s1/x", pieces_of(content(300_000)))
     monkeypatch.setattr(StreamHistory, "read_last", read_last)

@@ -16,7 +16,7 @@ from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
 from adapter.errors import BusRefused, SettingsError
 from adapter.jetstream import topology
-from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
@@ -26,7 +26,7 @@ from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage
 from adapter.security import permissions
 from adapter.settings import Settings
-from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
+from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on, store_all
 
 
 async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
@@ -184,7 +184,7 @@ async def test_streams_of_another_layout_are_reported_at_the_start_and_while_run
         inspector = Inspector(NAMES, bus.settings, at_least={})
         await inspector.inspect_streams(rig.connection)
         assert inspector.altered == {}
-        claims = LeaderKvBucket(rig.connection, NAMES.claims)
+        claims = KvBucket(rig.connection, NAMES.claims)
         entry = await claims.get(KEY)
         assert entry is not None
         await claims.write(KEY, value, entry.revision)
@@ -206,8 +206,8 @@ async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
     """The transform's partition() and ours, for 300 names; and plain wechat.out stays as it is."""
     names = [f"sandbox-{number}" for number in range(290)]
     names += ["a", "_", "-", "0", "z" * 64, "a_b-c", "s1", "s2", "00000000", "x-y_z"]
-    await rig.publisher.publish_all([BusMessage("out", NAMES.out(name), name.encode(), {}) for name in names])
-    await rig.publisher.publish(BusMessage("out", NAMES.out_plain, b"plain", {}))
+    await store_all(rig.publisher, [BusMessage("out", NAMES.out(name), name.encode(), {}) for name in names])
+    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"plain", {}))
     nc = await rig.bus.client()
     stored = {}
     first = await rig.first(NAMES.stream_out)
@@ -224,10 +224,10 @@ async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: 
     bus.settings = msgspec.structs.replace(bus.settings, out_max_per_sandbox=2)
     async with rig_on(bus) as rig:
         for _ in range(2):
-            await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"x", {}))
+            await rig.publisher.store(BusMessage("out", NAMES.out("s1"), b"x", {}))
         with pytest.raises(BusRefused):
-            await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"x", {}))
-        await rig.publisher.publish(BusMessage("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
+            await rig.publisher.store(BusMessage("out", NAMES.out("s1"), b"x", {}))
+        await rig.publisher.store(BusMessage("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
 
 
 async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus: Bus) -> None:
@@ -236,10 +236,10 @@ async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus
         await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
         largest = BusMessage("out", NAMES.out("s1"), b"x" * COMMAND_BYTES, headers)
-        await rig.publisher.publish(largest)
+        await rig.publisher.store(largest)
         too_large = msgspec.structs.replace(largest, payload=bytes(COMMAND_BYTES + topology.HEADER_BYTES))
         with pytest.raises(BusRefused, match="message size exceeds maximum allowed"):
-            await rig.publisher.publish(too_large)
+            await rig.publisher.store(too_large)
 
 
 class Hurried(EmbeddedNats):
@@ -262,7 +262,7 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == NAMES.stream_out]
         await topology.create_stream(connection, wanted)
         copies = [BusMessage("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
-        answers = await publisher.publish_all(copies)
+        answers = await store_all(publisher, copies)
         assert not [answer for answer in answers if isinstance(answer, BusRefused)]
         assert metrics.value("nats_publish_total", stream="out", outcome="retried") > 0
         for task in running:

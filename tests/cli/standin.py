@@ -73,7 +73,7 @@ class StandIn:
     async def _on_out(self, msg: Msg) -> None:
         command, names = msgspec.json.decode(msg.data, type=Outbound), self._bus.names
         if msg.subject == names.out(PROBE):
-            shard, pull = shard_of(PROBE), self._bus.js.pull_subscribe
+            shard, pull = shard_of(PROBE), self._bus.nc.jetstream().pull_subscribe
             consumer = await pull(names.out_shard(shard), out_consumer(shard), names.stream_out)
             (stored,) = await consumer.fetch(1)
             await stored.ack()
@@ -81,7 +81,7 @@ class StandIn:
         self.sent.append(command)
         for receipt in self.receipts(command):
             subject = self._bus.names.receipt(msg.subject.rpartition(".")[2], receipt.command, receipt.sequence)
-            await self._bus.js.publish(subject, msgspec.json.encode(receipt))
+            await self._bus.nc.jetstream().publish(subject, msgspec.json.encode(receipt))
 
     async def _on_list(self, msg: Msg) -> None:
         if self.error is not None:

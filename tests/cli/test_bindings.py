@@ -47,7 +47,7 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(
     assert result.code == 4
     assert "Stored" in result.err
     assert "takes effect when one runs" in result.err
-    stored = await bus.js.get_last_msg(bus.names.stream_ctl, ">")
+    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_ctl, ">")
     request = msgspec.json.decode(stored.data or b"", type=Bind)
     assert (request.sandbox, request.bot, request.bot_token) == ("s1", "bot1@im.bot", TOKEN)
     assert (stored.headers or {})[H_MSG_ID] == request.id

@@ -51,7 +51,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
     }
     if stream == IN:
         body = Sealer((KEY,)).seal_bytes(dead_context(headers[H_MSG_ID]), body)
-    return (await bus.js.publish(bus.names.dead_letters(stream), body, headers=headers)).seq
+    return (await bus.nc.jetstream().publish(bus.names.dead_letters(stream), body, headers=headers)).seq
 
 
 async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
@@ -150,7 +150,7 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
     assert "kind: Gr\u00fc\u00dfe \u4f60" in (await cli("dead", "show", "1")).out
     assert (await cli("dead", "retry", "1")).code == 0
-    stored = await bus.js.get_last_msg(OUT, "wechat.out.*.s1")
+    stored = await bus.nc.jetstream().get_last_msg(OUT, "wechat.out.*.s1")
     assert stored.hdrs is not None
     assert parse_headers(base64.b64decode(stored.hdrs))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 
@@ -161,7 +161,7 @@ async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Comman
     result = await cli("dead", "retry", "1")
     assert result.code == 0
     assert "stored again on wechat.out.s1" in result.out
-    stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
+    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_out, ">")
     assert stored.data == b'{"text":"hi","user":"u1@im.wechat"}'
     kept = {H_COMMAND: "c1", H_SANDBOX: "s1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
     assert stored.headers == kept
@@ -181,14 +181,14 @@ async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(
 async def test_a_bind_can_be_retried_too(cli: Command, bus: BusConnection) -> None:
     await die(bus, CTL, "wechat.ctl.bind", b"{}")
     assert (await cli("dead", "retry", "1")).code == 0
-    assert (await bus.js.get_last_msg(bus.names.stream_ctl, ">")).subject == "wechat.ctl.bind"
+    assert (await bus.nc.jetstream().get_last_msg(bus.names.stream_ctl, ">")).subject == "wechat.ctl.bind"
 
 
 async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.s1", b'{"text":"hi","user":"u1@im.wechat"}')
-    await bus.js.publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
+    await bus.nc.jetstream().publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
     assert (await cli("dead", "retry", "1")).code == 0
-    assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1
+    assert (await bus.nc.jetstream().stream_info(bus.names.stream_out)).state.messages == 1
 
 
 @pytest.mark.parametrize("subject", ["wechat.inbox.s1.0123456789abcdef", "", "$KV.wechat_bindings.b"])

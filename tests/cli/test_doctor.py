@@ -21,7 +21,7 @@ from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
 from adapter.contract.names import to_subject_token
 from adapter.contract.records import Binding, PersonKey, ReaderRecord
 from adapter.environment import read_settings
-from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import KEY
@@ -67,7 +67,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: BusConnection) -> 
 
 
 async def test_warnings_do_not_fail(cli: Command, bus: BusConnection) -> None:
-    await bus.js.publish(bus.names.dead_letters("WECHAT_OUT"), b"x")
+    await bus.nc.jetstream().publish(bus.names.dead_letters("WECHAT_OUT"), b"x")
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b", state="needs_login")]
         await bus.store(f"$KV.{bus.names.bindings}.b", b"{}", {})
@@ -180,7 +180,7 @@ SMALL = 10_000
 async def crowded(bus: BusConnection) -> dict[str, object]:
     """A hundred messages in the inbox, which are twice as large as SMALL; its configuration."""
     for number in range(100):
-        await bus.js.publish(bus.names.inbox("s1", "p"), b"x" * 150 + str(number).encode())
+        await bus.nc.jetstream().publish(bus.names.inbox("s1", "p"), b"x" * 150 + str(number).encode())
     return await config_of(bus)
 
 
@@ -209,7 +209,7 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await crowded(bus)
-    claims = LeaderKvBucket(bus.connection, bus.names.claims)
+    claims = KvBucket(bus.connection, bus.names.claims)
     layout = await claims.get(KEY)
     assert layout is not None
     await claims.write(KEY, None, layout.revision)
@@ -234,25 +234,10 @@ async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command,
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
 
 
-async def test_what_another_layout_holds_is_named_with_its_messages(cli: Command, bus: BusConnection) -> None:
-    for name, subject in (
-        ("WECHAT_OLD", "wechat.old.*"),
-        ("KV_wechat_old", "$KV.wechat_old.>"),
-        ("OTHERS", "others"),
-    ):
-        await bus.js.add_stream(name=name, subjects=[subject])
-    for number in range(3):
-        await bus.store(f"wechat.old.{number}", b"{}", {})
-    rows = (await cli("doctor", "--json")).rows
-    unknown = {row["check"]: (row["state"], row["say"]) for row in rows if "does not read" in row["say"]}
-    assert list(unknown) == ["KV_wechat_old", "WECHAT_OLD"]
-    assert (unknown["WECHAT_OLD"][0], unknown["WECHAT_OLD"][1][:12]) == ("warn", "3 messages, ")
-
-
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: BusConnection) -> None:
     """Retention cannot become a work queue again in place."""
-    await bus.js.delete_stream(bus.names.stream_ctl)
-    await bus.js.add_stream(name=bus.names.stream_ctl, subjects=[bus.names.bind, bus.names.unbind])
+    await bus.nc.jetstream().delete_stream(bus.names.stream_ctl)
+    await bus.nc.jetstream().add_stream(name=bus.names.stream_ctl, subjects=[bus.names.bind, bus.names.unbind])
     result = await cli("doctor", "--fix")
     assert result.code == 1
     assert "by hand" in result.err
@@ -453,7 +438,7 @@ async def bound(bus: BusConnection, *tokens: str, start_cursor: str | None = Non
     for number, token in enumerate(tokens):
         binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token, start_cursor=start_cursor)
         key = f"$KV.{bus.names.bindings}.{to_subject_token(binding.bot)}"
-        await bus.js.publish(key, msgspec.json.encode(binding))
+        await bus.nc.jetstream().publish(key, msgspec.json.encode(binding))
 
 
 async def stored_bindings(bus: BusConnection) -> list[Binding]:
@@ -616,7 +601,7 @@ async def test_nobodys_entries_are_deleted_while_their_bindings_are_lost(
         await bus.store(f"$KV.{bus.names.bindings}.b1", b"{}", {})
     await store_entry(bus, BOUND.person)
     assert "deleting" not in (await cli("doctor", "--fix")).out
-    assert (await bus.js.stream_info(bus.names.stream_in)).state.messages == 1
+    assert (await bus.nc.jetstream().stream_info(bus.names.stream_in)).state.messages == 1
 
 
 @pytest.mark.parametrize(

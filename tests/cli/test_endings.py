@@ -70,8 +70,7 @@ async def test_the_first_ctrl_c_of_run_says_what_it_waits_for_and_how_long(serve
         os.kill(server.pid, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         what = b"waiting for open polls and for answers to what is being sent."
-        said = await seen(main, what, b"7 s at most; ctrl-C again ends it at once.", b"\r  6 s at most")
-        assert b"\n" not in said.partition(b"7 s")[2]  # in place
+        await seen(main, what, b"  7 s at most; ctrl-C again ends it at once.")
         os.kill(server.pid, signal.SIGCONT)
         assert process.stdout is not None
         await process.stdout.read()

@@ -72,11 +72,11 @@ async def serve(
     await stored(sandbox, 2)
     assert (await cli("send", sandbox, f"answer for {sandbox}")).code == 0
     assert (await cli("send", sandbox, "x", "--id", f"typed-{sandbox}", "--when-closed", "refuse")).code == 0
-    await bus.js.publish(
+    await bus.nc.jetstream().publish(
         bus.names.out(sandbox), msgspec.json.encode({"id": f"dead-{sandbox}", "text": 1, "user": bot.user})
     )
     login = LoginRecord(sandbox=sandbox, status="confirmed", bot=bot.bot, user=bot.user)
-    await bus.js.publish(f"$KV.{bus.names.logins}.login-{sandbox}", msgspec.json.encode(login))
+    await bus.nc.jetstream().publish(f"$KV.{bus.names.logins}.login-{sandbox}", msgspec.json.encode(login))
     while not any(
         letter["seq"] for letter in (await cli("dead", "ls", "--json")).rows if sandbox in letter["subject"]
     ):
@@ -193,7 +193,7 @@ async def test_an_export_opens_what_is_sealed_with_the_key_and_says_where_it_lac
 ) -> None:
     headers, sealer = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}, Sealer((bytes(32),))
     sealed = sealer.seal_bytes(dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}')
-    await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), sealed, headers=headers)
+    await bus.nc.jetstream().publish(bus.names.dead_letters("WECHAT_IN"), sealed, headers=headers)
     state = PersonState(token="sesame", cursor="sesame too", sent=SENT)
     await bus.store(f"$KV.{bus.names.persons}.{PERSON.key}", seal_state(PERSON, "u1@im.wechat", state, sealer), {})
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY if has_key else "")
@@ -239,7 +239,7 @@ async def test_without_a_terminal_and_without_yes_nothing_is_asked_of_anybody(
     result = await cli("erase", "--user", "u@im.wechat", "--timeout", "0.5")
     assert (result.code, result.out) == (2, "")
     assert "give --yes" in result.err
-    assert (await bus.js.stream_info(bus.names.stream_ctl)).state.messages == 0
+    assert (await bus.nc.jetstream().stream_info(bus.names.stream_ctl)).state.messages == 0
 
 
 @pytest.mark.parametrize("said", ["y", "n"])

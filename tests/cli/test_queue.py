@@ -8,7 +8,7 @@ from tests.cli.conftest import Command
 
 
 async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
-    seqs = [(await bus.js.publish("wechat.out.s1", b'{"text":"hi"}')).seq for _ in range(3)]
+    seqs = [(await bus.nc.jetstream().publish("wechat.out.s1", b'{"text":"hi"}')).seq for _ in range(3)]
     result = await cli("queue", "drop", str(seqs[0]), str(seqs[2]), "9")
     assert (result.code, result.out) == (1, f"{seqs[0]}  dropped\n{seqs[2]}  dropped\n")
     assert result.err == "wechat-nats: There is no waiting command 9.\n"

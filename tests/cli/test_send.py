@@ -80,7 +80,7 @@ async def test_no_receipt_is_4_and_names_the_id(cli: Command, bus: BusConnection
 async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnection) -> None:
     result = await cli("send", "s1", "hi", "--no-wait", "--json", "--id", "c1")
     assert (result.code, result.rows) == (0, [{"command": "c1", "outcome": "stored"}])
-    stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
+    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_out, ">")
     assert stored.headers == {H_MSG_ID: "c1", H_SCHEMA: "1"}
     assert msgspec.json.decode(stored.data or b"") == {"id": "c1", "text": "hi"}
 
@@ -88,7 +88,9 @@ async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnec
 async def test_every_option_reaches_the_command(cli: Command, bus: BusConnection) -> None:
     options = ("--user", "u", "--bot", "b", "--when-closed", "refuse", "--expires-in", "5")
     await cli("send", "s1", "hi", "--no-wait", *options)
-    stored = msgspec.json.decode((await bus.js.get_last_msg(bus.names.stream_out, ">")).data or b"", type=Outbound)
+    stored = msgspec.json.decode(
+        (await bus.nc.jetstream().get_last_msg(bus.names.stream_out, ">")).data or b"", type=Outbound
+    )
     assert (stored.user, stored.bot, stored.when_closed) == ("u", "b", "refuse")
     assert stored.expires_in_s == 5
 
@@ -128,7 +130,7 @@ async def test_without_streams_it_is_3(cli: Command, server: object) -> None:
 
 
 async def test_too_many_waiting_commands_are_refused_with_1(cli: Command, bus: BusConnection) -> None:
-    stream = await bus.js.stream_info(bus.names.stream_out)
+    stream = await bus.nc.jetstream().stream_info(bus.names.stream_out)
     config = stream.config.as_dict() | {"max_msgs_per_subject": 1}
     await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_out}", config)
     assert (await cli("send", "s1", "one", "--no-wait")).code == 0

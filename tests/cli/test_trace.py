@@ -28,7 +28,7 @@ async def bound(cli: Command, simulator: Simulator, tmp_path: Path) -> BotRecord
 
 async def answer(bus: BusConnection, ident: str, headers: dict[str, str] | None = None, **body: str) -> None:
     payload = msgspec.json.encode({"id": ident, "text": f"answer {ident}", **body})
-    await bus.js.publish(bus.names.out("s1"), payload, headers=headers)
+    await bus.nc.jetstream().publish(bus.names.out("s1"), payload, headers=headers)
 
 
 async def test_the_story_of_a_message_from_the_phone_to_the_answers(
@@ -85,7 +85,7 @@ async def test_the_story_of_a_command_that_was_parked_and_of_one_that_is_dead(
     assert [line.split()[2] for line in story.out.splitlines()[1:]] == ["command", "receipt", "receipt"]
     assert "accepted" in story.out.splitlines()[-1]
 
-    await bus.js.publish(bus.names.out("s1"), b'{"id":"c3","text":1}')
+    await bus.nc.jetstream().publish(bus.names.out("s1"), b'{"id":"c3","text":1}')
     while (await cli("trace", "s1", "c3")).out.count("receipt") < 1:
         await asyncio.sleep(0.05)
     dead = await cli("trace", "s1", "c3", "--json")
@@ -103,9 +103,9 @@ async def test_what_the_bus_does_not_know_is_said(cli: Command, bus: BusConnecti
 async def test_a_message_that_became_a_dead_letter_is_found_by_its_trace(cli: Command, bus: BusConnection) -> None:
     """And nobody else's: not that of a command of the same id in another sandbox."""
     headers = {H_REASON: "too_large", H_TRACEPARENT: derive_traceparent("in:b:m1")}
-    await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), b"s1.01234567.\xff\x00", headers=headers)
+    await bus.nc.jetstream().publish(bus.names.dead_letters("WECHAT_IN"), b"s1.01234567.\xff\x00", headers=headers)
     elsewhere = {H_COMMAND: "in:b:m1", H_SANDBOX: "s2", H_REASON: "unreadable"}
-    await bus.js.publish(bus.names.dead_letters("WECHAT_OUT"), b"{}", headers=elsewhere)
+    await bus.nc.jetstream().publish(bus.names.dead_letters("WECHAT_OUT"), b"{}", headers=elsewhere)
     (row,) = (await cli("trace", "s1", "in:b:m1", "--json")).rows
     assert (row["step"], row["what"], row["sequence"]) == ("dead", "too_large", 1)
 

@@ -44,7 +44,7 @@ from tests.newer import made_newer
 LIMITS = Limits(park_ms=72 * 3_600_000, part_chars=1800, part_bytes=16_384)
 WINDOW = WindowPolicy(sends=10, hours=23.0)
 GAP_S = 1.5
-POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0, merge_bytes=16_384)
+POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0)
 MEDIA_BYTES = 100_000
 
 
@@ -262,7 +262,7 @@ class Bench:
         assert binding is not None
         person.learn(user)
         opened = InboundReceived(ident, "AARz", written_ms=0)
-        person.on_stored(person.position, AnswerState((), 1, person.state.cursor, "AARz", opened))
+        person.on_stored(person.position, AnswerState(person.state.bot, (), 1, person.state.cursor, "AARz", opened))
         if binding.options.auto_typing:
             person.sender.show_typing()
 

@@ -56,29 +56,20 @@ class FakeBus:
 
     # Bus
 
-    async def publish(self, message: BusMessage) -> PubAck:
-        (ack,) = await self.publish_all([message])
-        if isinstance(ack, BusRefused):
-            raise ack
-        return ack
-
-    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
+    async def store(self, message: BusMessage) -> PubAck:
         await asyncio.sleep(0)
-        acks: list[PubAck | BusRefused] = []
-        for message in messages:
-            if self.on_publish is not None:
-                await self.on_publish(message)
-            if message.ensure_owner is not None:
-                message.ensure_owner()
-            acks.append(
-                self.refuse(message)
-                or self._too_large(message)
-                or self._repeat(message)
-                or self._conflict(message)
-                or self._full(message)
-                or self.store(message)
-            )
-        return acks
+        if self.on_publish is not None:
+            await self.on_publish(message)
+        if message.ensure_owner is not None:
+            message.ensure_owner()
+        stream = self.stream_of(message.subject)
+        if problem := (self.refuse(message) or self._too_large(message)):
+            raise problem
+        if (repeated := self._repeat(message)) is not None:
+            return repeated
+        if problem := (self._conflict(message) or self._full(message)):
+            raise problem
+        return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
 
     def _too_large(self, message: BusMessage) -> BusRefused | None:
         """The publisher sends nothing above the server's max_payload, and a stream no headers above 64 KiB."""
@@ -89,8 +80,10 @@ class FakeBus:
 
     def _full(self, message: BusMessage) -> BusRefused | None:
         stream = self.stream_of(message.subject)
-        found = sum(kept.stored.subject == message.subject for kept in self.kept if kept.stream == stream)
-        if found < self.most_of_subject.get(stream, found + 1):
+        most = self.most_of_subject.get(stream)
+        if most is None or most > sum(
+            kept.stored.subject == message.subject for kept in self.kept if kept.stream == stream
+        ):
             return None
         return BusRefused(STORE_FAILED, "maximum messages per subject exceeded")
 
@@ -106,10 +99,6 @@ class FakeBus:
         of_subject = reversed(self.kept) if message.subject in self._subjects else ()
         last = next((kept.stored.seq for kept in of_subject if kept.stored.subject == message.subject), 0)
         return None if int(expected) == last else Conflict(10071, "wrong last sequence")
-
-    def store(self, message: BusMessage) -> PubAck:
-        stream = self.stream_of(message.subject)
-        return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
 
     def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
         """Stores a message as the server would; its sequence."""

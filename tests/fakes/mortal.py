@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from adapter.errors import BusRefused, Temporary
-from adapter.ports import BusMessage, PubAck
+from adapter.errors import Temporary
 from tests.fakes import Bench, FakeBus, FakeDelivery, Life
 
 BUCKETS = ("person", "poll", "bindings", "claims", "readers", "logins")
@@ -33,13 +32,6 @@ class Reached:
         if inspect.isasyncgenfunction(found):
             return partial(self._read, found)
         return partial(self._ask, found) if inspect.iscoroutinefunction(found) else found
-
-    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
-        """The replica may die between two messages, and the bus may have some of them."""
-        acks: list[PubAck | BusRefused] = []
-        for message in messages:
-            acks += await self._ask(self.part.publish_all, [message])  # type: ignore[attr-defined]
-        return acks
 
     async def _ask(self, call: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
         name = getattr(call, "__name__", "")

@@ -116,8 +116,8 @@ async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_i
     bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
     store, bugs = bench.bus.store, Bugs(ALWAYS)
 
-    def stored_all_the_same(message: BusMessage) -> PubAck:
-        ack = store(message)
+    async def stored_all_the_same(message: BusMessage) -> PubAck:
+        ack = await store(message)
         if message.stream == "in" and is_bad(message.payload):
             bugs.strike()
         return ack

@@ -17,7 +17,7 @@ from adapter.contract.names import H_BODY, H_EXPECTED, H_MSG_ID, H_POSITION, H_U
 from adapter.errors import BusRefused, Conflict, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.kit.timing import PerTickLimiter
-from adapter.ports import BusMessage, InboundMessage, Polled
+from adapter.ports import BusMessage, InboundMessage, Polled, PubAck
 from tests.fakes import EPOCH_MS, Bench, Failing, Rounds, batch, raw_message, ready
 from tests.inbound.pollers import (
     BOT,
@@ -135,6 +135,7 @@ async def test_a_message_larger_than_the_server_takes_leaves_a_stub_in_its_place
     """What came before it and after it keeps its content."""
     large = raw("a" * 9000, 2)
     bench = await ready(batch(raw("a" * 5000, 1), large, raw("t3", 3)))
+    bench.bus.refuse = lambda message: BusRefused(0, "max_payload") if len(message.payload) > 16_384 else None
     await polls(bench, max_payload=lambda: 16_384)  # a text is in a message twice
     assert texts(bench) == ["a" * 5000, "", "t3"]
     assert bench.bus.inbound()[1].items == [UnsupportedItem(type=0, reason="too_large")]
@@ -525,6 +526,14 @@ async def test_a_dead_letter_is_tried_again_while_the_bus_is_away(poller: Poller
     assert (failing.left, dead(bench), bench.chat.asked) == (0, [("unreadable", b"[]")], ["", "b"])
 
 
+async def test_a_context_token_may_be_larger_than_the_headers_of_a_message(poller: Poller) -> None:
+    bench = await ready(batch(raw(context_token="t" * 60_000)))
+    poller(bench)
+    await asyncio.sleep(5)
+    assert (texts(bench), dead(bench)) == (["hello"], [])
+    assert (await bench.person()).state.token == "t" * 60_000
+
+
 # a refused write -----------------------------------------------------------------------------------------
 
 
@@ -581,6 +590,49 @@ async def test_an_entry_whose_ack_was_lost_is_not_stored_again(poller: Poller) -
     await asyncio.sleep(5)
     assert texts(bench) == ["t1", "t2", "t3"]
     assert len(bench.core.published) == 3
+
+
+async def test_an_entry_that_the_person_has_read_since_is_not_stored_again(poller: Poller) -> None:
+    """Its acknowledgement is lost, and before the repeat the sender looks at the newest entry."""
+    bench = await ready(words(1, 2))
+    store, lost = bench.bus.store, 1
+
+    async def loses_the_ack(message: BusMessage) -> PubAck:
+        nonlocal lost
+        ack = await store(message)
+        if message.stream == "in" and lost:
+            lost -= 1
+            await (await bench.person()).look()
+            raise Temporary("timeout")
+        return ack
+
+    bench.bus.store = loses_the_ack  # type: ignore[method-assign]
+    poller(bench)
+    await asyncio.sleep(5)
+    assert (texts(bench), lost) == (["t1", "t2"], 0)
+    assert len(bench.core.published) == 2
+    assert (await bench.person()).state.token == "token-2"
+
+
+async def test_what_a_former_bot_has_brought_leaves_the_new_bots_token_and_cursor(poller: Poller) -> None:
+    """The login comes while the answer is being stored, or while the former bot's poll still waits."""
+    bench = await ready(words(1, cursor="of the former bot"))
+    store = bench.bus.store
+
+    async def stores_and_logs_in(message: BusMessage) -> PubAck:
+        ack = await store(message)
+        if message.stream == "in":
+            await bench.bind(bot="b2@im.bot")
+        return ack
+
+    bench.bus.store = stores_and_logs_in  # type: ignore[method-assign]
+    poller(bench)
+    await asyncio.sleep(2)
+    person = await bench.person("b2@im.bot")
+    person.on_cursor(BOT, "of the former bot, too")
+    assert texts(bench) == ["t1"]
+    assert (person.state.bot, person.state.token, person.state.cursor) == ("b2@im.bot", "", None)
+    assert person.position == bench.bus.found("IN")[-1].seq
 
 
 async def test_behind_another_owners_entry_its_repeats_are_dropped_and_its_cursor_stays(poller: Poller) -> None:
@@ -724,6 +776,24 @@ async def test_an_owner_frozen_with_an_answer_stores_what_the_new_owner_did_not_
     heirs[0].stop(immediately=True)
     await heirs[1]
     assert "zombie" not in bench.chat.asked if given else True
+
+
+async def test_a_hundred_messages_of_two_owners_are_stored_once() -> None:
+    """A former owner holds the answer while the next one gets it again."""
+    bench = await ready()
+    successor = successor_of(bench)
+    heirs: list[Any] = []
+
+    async def taken_over() -> None:
+        successor.chat.polls.extend([words(*range(1, 101)), None, None])
+        heirs.extend(start_poller(successor))
+        await asyncio.sleep(60)
+
+    await frozen_with(bench, words(*range(1, 101), cursor="zombie"), meanwhile=taken_over)
+    assert texts(bench) == [f"t{number}" for number in range(1, 101)]
+    assert len(bench.bus.found("IN")) == 1
+    heirs[0].stop(immediately=True)
+    await heirs[1]
 
 
 async def test_the_present_owner_learns_of_a_late_message(poller: Poller) -> None:

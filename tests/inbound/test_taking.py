@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from adapter.bridge.poller import State
+from adapter.contract.names import to_subject_token
+from adapter.contract.records import PollRecord
 from adapter.errors import AdapterError, BusRefused, Temporary
+from adapter.ports import BusMessage
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
-from tests.inbound.pollers import BOT, Poller, polls, raw, set_owner, start_poller
+from tests.inbound.pollers import BOT, Poller, Replica, polls, raw, set_owner, start_poller, successor_of
 
 VIRTUAL_TIME = True
 
@@ -135,6 +139,21 @@ async def test_a_poller_whose_replica_joined_anew_polls_no_more(poller: Poller) 
     assert (session.state, await bench.owner(), bench.freed) == (State.ENDED, "other-1", [])
 
 
+async def test_a_person_whose_entries_have_all_aged_goes_on_by_their_record() -> None:
+    """The same where a full stream has evicted them."""
+    bench = await ready(batch(raw(), cursor="b"))
+    await polls(bench)
+    person = await bench.person()
+    await person.save()
+    bench.bus.kept = [kept for kept in bench.bus.kept if kept.stream != "WECHAT_IN"]
+    successor = successor_of(bench)
+    successor.chat.polls.append(batch(raw("later", 2, context_token=None), cursor="c"))
+    await polls(successor)
+    assert bench.chat.asked[-2:] == ["b", "c"]
+    assert [inbound.text for inbound in bench.bus.inbound()] == ["later"]
+    assert (await successor.person()).state.token == person.state.token != ""
+
+
 # giving it back ------------------------------------------------------------------------------------------
 
 
@@ -186,6 +205,56 @@ async def test_a_start_cursor_counts_until_the_person_has_one_of_their_own() -> 
     await bench.bind(start_cursor=sealer.seal(cursor_context(BOT), "another"))
     await polls(bench)
     assert bench.chat.asked == ["given", "b", "b"]
+
+
+async def test_a_start_cursor_counts_until_all_parts_of_the_first_answer_are_stored() -> None:
+    """iLink gives the answer again to who takes the bot after a death between two of its parts."""
+    answer = batch(*(raw(f"t{number}", number) for number in range(1, 151)), cursor="b")
+    bench = await ready(answer, start_cursor="given")
+    parts = 0
+
+    async def only_the_first(message: BusMessage) -> None:
+        nonlocal parts
+        parts += message.stream == "in"
+        if parts > 1:
+            await asyncio.Event().wait()
+
+    bench.bus.on_publish = only_the_first
+    replica = Replica(bench)
+    await asyncio.sleep(2)
+    await replica.die()
+    bench.bus.on_publish = None
+    successor = successor_of(bench)
+    successor.chat.polls.append(answer)
+    await polls(successor)
+    assert bench.chat.asked == ["given", "given", "b"]
+    assert [inbound.text for inbound in bench.bus.inbound()] == [f"t{number}" for number in range(1, 151)]
+
+
+async def test_a_bot_that_is_given_back_keeps_no_cursor_of_another_bot() -> None:
+    bench = await ready(batch(raw(), cursor="b"))
+    session, task = start_poller(bench)
+    await asyncio.sleep(2)
+    person = await bench.person()
+    await bench.bind(bot="b2@im.bot")
+    person.on_cursor("b2@im.bot", "of b2")
+    await bench.bindings.remove(BOT)
+    session.stop(immediately=True)
+    await task
+    record = msgspec.json.decode(bench.poll_bucket.entries[to_subject_token(BOT)].value or b"", type=PollRecord)
+    assert (record.owner, record.sealed) == ("", b"")
+
+
+async def test_a_bot_that_somebody_has_taken_meanwhile_is_given_back_no_more() -> None:
+    """Somebody has written its poll key by hand."""
+    bench = await ready(batch(raw()))
+    session, task = start_poller(bench)
+    await asyncio.sleep(2)
+    await set_owner(bench, "other-1")
+    session.stop(immediately=True)
+    await asyncio.sleep(2)
+    assert task.done()
+    assert await bench.owner() == "other-1"
 
 
 async def test_an_empty_start_cursor_is_none() -> None:

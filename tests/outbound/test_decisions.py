@@ -30,7 +30,7 @@ from tests.fakes import FakeDelivery
 from tests.outbound.shards import rows
 
 NOW = 1_000_000_000
-POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0), gap_ms=0, merge_chars=100, merge_bytes=400)
+POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0), gap_ms=0, merge_chars=100)
 BOT = ServingBot("b1", is_usable=True)
 YES = Accepted("m1", 0, None, "")
 NO_ID = Accepted(None, 0, 7, "sure")
@@ -250,17 +250,14 @@ def test_no_more_than_thirty_two_texts_go_together() -> None:
 @rows(
     "texts, together",
     {
-        "all that fits": (["a", "b", "c"], 3),
-        "up to the bytes of a message": (["é" * (100), "é" * (100 - 2)], 2),
-        "and not a byte more": (["é" * (100), "é" * (100 - 2) + "a"], 1),
-        "one alone, however long": (["a" * (800)], 1),
+        "all texts": (["a", "b", "c"], 3),
         "nothing behind a text that ends within code": (["a", "```\ncode", "b"], 2),
         "more behind code that is closed": (["a", "```\ncode\n```", "b"], 3),
     },
 )
-def test_how_many_texts_fit_into_a_message(texts: list[str], together: int) -> None:
+def test_no_text_becomes_part_of_the_code_before_it(texts: list[str], together: int) -> None:
     group = [command(number, text) for number, text in enumerate(texts, 1)]
-    assert numbers(sending.mergeable_prefix(group, POLICY.merge_bytes)) == numbers(group[:together])
+    assert numbers(sending.mergeable_prefix(group)) == numbers(group[:together])
 
 
 @rows(
@@ -453,7 +450,7 @@ def test_a_command_is_at_fault_that_meets_a_minus_2_in_two_windows(before: SendP
     },
 )
 def test_a_refusal_has_what_ilink_said(answer: Refused, reason: str) -> None:
-    result = sending.refusal(answer, 2)
+    result = sending.refusal(answer, under_way(1, attempts=2))
     assert (result.outcome, result.reason, result.detail, result.attempts) == ("refused", reason, "bad", 2)
     assert (result.ret, result.errcode, result.errmsg) == (answer.ret, None, "no")
 

@@ -101,7 +101,7 @@ async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of(
 async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) -> None:
     await store(bench, ref(1), "accepted")
     await store(bench, ref(2), "parked")
-    await bench.bus.publish(BusMessage("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
+    await bench.bus.store(BusMessage("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
     found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
     assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
 

@@ -40,7 +40,7 @@ async def test_the_cursor_of_a_silent_person_is_stored_once_a_day() -> None:
     person = await bench.person()
     bench.bus.writes.clear()
     for hour in range(51):
-        person.on_cursor(f"cursor {hour}")
+        person.on_cursor("b1@im.bot", f"cursor {hour}")
         await asyncio.sleep(3600)
     assert bench.bus.writes == ["person"] * 2
 
@@ -129,3 +129,35 @@ async def test_a_record_that_no_key_opens_is_neither_overwritten_nor_sent_by() -
     assert (outcomes(successor), successor.chat.sent) == ([], [])
     assert successor.person_bucket.entries[KEY] == before
     assert [line["event"] for line in logs].count("person.unopenable") == 1
+
+
+@pytest.mark.parametrize(("is_redelivered", "end"), [(False, "refused"), (True, "uncertain")])
+async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_the_record(
+    is_redelivered: bool, end: str
+) -> None:
+    """Else the binding could never be closed. What a former owner may have begun stands in the record."""
+    bench, _ = await ready()
+    successor = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
+    await successor.bind()
+    shard = successor.shard()
+    if is_redelivered:
+        successor.command("hi", id="c1")
+        successor.redeliver(shard)
+    else:
+        shard.on_delivery(successor.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert outcomes(successor) == []
+    await asyncio.wait_for(successor.close(), 60)
+    assert [(command, outcome) for command, outcome, _ in outcomes(successor)] == [("c1", end)]
+    assert successor.chat.sent == []
+
+
+async def test_a_delete_marker_that_goes_takes_nothing_from_memory() -> None:
+    bench, shard = await ready(is_open=False)
+    bench.person_bucket.put(KEY, None)
+    await user_writes(bench)
+    del bench.person_bucket.entries[KEY]
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c1", "accepted", "")]
+    assert bench.record().token == "AARz"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -17,10 +17,10 @@ from adapter.contract.messages import Outbound
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEALED, UNROUTED
 from adapter.errors import BusRefused
 from adapter.ownership.tenure import Tenure
-from adapter.ports import BusMessage, PubAck, StoredMessage
+from adapter.ports import BusMessage, StoredMessage
 from adapter.security.seal import Sealer
 from tests.capture import ALWAYS, Bugs
-from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery, settle
+from tests.fakes import Bench, FakeDelivery, settle
 
 VIRTUAL_TIME = True
 
@@ -28,17 +28,7 @@ FULL = BusRefused(10077, "maximum messages per subject exceeded")
 
 
 def router(bench: Bench, tenure: Tenure | None = None) -> Router:
-    tenure = tenure or Tenure(0, bench.leases)
-    return Router(
-        bench.bus,
-        bench.names,
-        bench.receipts,
-        LIMITS,
-        bench.sealer,
-        tenure,
-        bench.clock,
-        bench.metrics,
-    )
+    return Router(bench.replica.parts, tenure or Tenure(0, bench.leases))
 
 
 async def route(routing: Router, *deliveries: FakeDelivery) -> None:
@@ -64,19 +54,6 @@ class Unacked(FakeDelivery):
 
     async def ack(self) -> None:
         await asyncio.Event().wait()
-
-
-class InPieces(FakeBus):
-    """Notes how many copies are stored at once."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench.names, bench.clock)
-        self.pieces: list[int] = []
-
-    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
-        if messages:
-            self.pieces.append(len(messages))
-        return await super().publish_all(messages)
 
 
 def copied(bench: Bench, sandbox: str) -> list[str]:
@@ -271,15 +248,10 @@ async def test_a_copy_waits_until_the_one_before_it_is_stored(bench: Bench) -> N
     assert texts == ["other", "first", "second"]
 
 
-@pytest.mark.parametrize(("size", "pieces"), [(1, [32, 32, 32, 3]), (12_000, [*[2] * 49, 1])])
-async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: list[int], bench: Bench) -> None:
-    """One by one a flood for one sandbox would take a round trip each, and hold up what is behind it for others."""
-    bench.bus = bus = InPieces(bench)
-    routed = router(bench)
-    commands = [plain(bench, sandbox="s1", text=f"{number:0{size}}") for number in range(99)]
-    await route(routed, *commands)
-    assert bus.pieces == pieces
-    assert copied(bench, "s1") == [f"{number:0{size}}" for number in range(99)]
+async def test_what_waits_for_its_turn_is_copied_in_order(bench: Bench) -> None:
+    commands = [plain(bench, sandbox="s1", text=f"{number}") for number in range(99)]
+    await route(router(bench), *commands)
+    assert copied(bench, "s1") == [f"{number}" for number in range(99)]
     assert [command.acks for command in commands] == [1] * 99
 
 

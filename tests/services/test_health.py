@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapter.bridge.poller import State
-from adapter.contract.messages import BOT_STATUSES, BindingInfo
+from adapter.contract.messages import BOT_STATUSES, BindingInfo, Window
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.services.health import FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench
@@ -125,3 +125,11 @@ async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
     assert (one.inbound_ms, one.sent_ms, one.window and one.window.remaining) == (heard_ms, heard_ms + 5, 8)
     assert (newer.is_unread, newer.window) == (True, None)
     assert (never.is_unread, never.inbound_ms, never.window) == (False, 0, None)
+
+
+async def test_a_window_is_shown_without_the_token_of_a_former_bot(bench: Bench) -> None:
+    await bench.bind(bot="b2@im.bot")
+    bench.hears()
+    (info,) = await described(bench, Replicas({}))
+    assert info.health is not None
+    assert info.health.window == Window(remaining=0)
