@@ -408,7 +408,7 @@ class Model:
             try:
                 person = owner.shards[shard_of(binding.sandbox)].person(binding)
                 await person.open()
-                return await person.look()
+                return await person.read_newest()
             except Temporary:
                 await asyncio.sleep(1.0)
 

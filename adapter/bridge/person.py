@@ -1,7 +1,7 @@
 """One person: a WeChat user of one sandbox. The only object that knows both directions of a bot.
 
-`on_stored`, `adopt`, `check_binding` and `Sender.enqueue` change memory at once and never wait. The poller is one
-task, the sender a coroutine that lives while there is work. After each wait both look at the state instead of
+`on_stored`, `take_entry`, `check_binding` and `Sender.enqueue` change memory at once and never wait. The poller is
+one task, the sender a coroutine that lives while there is work. After each wait both look at the state instead of
 trusting what they saw.
 
 What is stored of a person are the newest entry of their subject (`entries`), written by whoever polls, and their
@@ -113,16 +113,16 @@ class Person:
                 self._take_record(stored.state)
             self._saved = Saved(stored.state, stored.revision)
         if stored.entry is not None:
-            self.adopt(stored.entry)
+            self.take_entry(stored.entry)
         self.position = max(self.position, stored.last)
         self._forget_other_bot()
         self.sender.on_restored()
 
-    async def look(self) -> None:
+    async def read_newest(self) -> None:
         """Takes the newest entry, which another replica may have stored. Raises as `open`."""
         entry, last = await self._parts.persons.newest(self.key)
         if entry is not None and entry.sequence > self.position:
-            self.adopt(entry)
+            self.take_entry(entry)
         self.position = max(self.position, last)
 
     def _take_record(self, stored: PersonState) -> None:
@@ -134,7 +134,7 @@ class Person:
             stored = msgspec.structs.replace(stored, cursor=now.cursor, cursor_after=now.cursor_after)
         self.state = stored
 
-    def adopt(self, stored: StoredEntry) -> None:
+    def take_entry(self, stored: StoredEntry) -> None:
         """Takes an entry that somebody else has written, or that was read at a taking. One of another time says
         nothing but its sequence, and one of another bot than the binding's counts for its fingerprints alone."""
         entry, secrets, state = stored.entry, stored.secrets, self.state
@@ -215,7 +215,7 @@ class Person:
     def on_stored(self, sequence: int, after: AnswerState) -> None:
         """Takes what was stored of an answer, whose entry has this sequence."""
         self.seen.add(after.lines, max(KEEP, after.answer_size))
-        # one that another has written behind it is newer, and was adopted; a login may have changed the bot meanwhile
+        # one that another has written behind it is newer, and was taken; a login may have changed the bot meanwhile
         if sequence >= self.position and after.bot == self.state.bot:
             token = after.token or self.state.token
             self.state = msgspec.structs.replace(self.state, token=token, cursor=after.cursor, cursor_after=sequence)

@@ -329,7 +329,7 @@ class BotPoller:
                 if (person := await self._open_person(binding)) is None:
                     raise LeaseLost("shard_lost", self.bot)
                 await person.open()
-                await person.look()  # a former owner's poll may have brought something since
+                await person.read_newest()  # a former owner's poll may have brought something since
                 self.session.is_taken = True
                 self._end_cut()
                 return person

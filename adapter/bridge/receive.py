@@ -241,7 +241,7 @@ class Receiver:
         self._nonce = self._nonce or new_nonce()
         entry, secrets, after = self._entry(taken, is_last=len(taken) == len(fresh))
         payload = encode_entry(entry, secrets, self._subject, parts.sealer)
-        # a repeat expects what the first write did: the sender may have read, and adopted, what that has stored
+        # a repeat expects what the first write did: the sender may have read and taken what that has stored
         expected = self._expected = person.position if self._expected is None else self._expected
         headers = {names.H_SCHEMA: contract.SCHEMA_VERSION, names.H_EXPECTED: str(expected)}
         try:
@@ -279,7 +279,7 @@ class Receiver:
             now = bindings.serving(binding.bot)
         if now is None or (now.sandbox, now.since) != (key.sandbox, key.since):
             with contextlib.suppress(RecordTooNew, Refused):  # it cannot be read here, and says nothing
-                await self._person.look()
+                await self._person.read_newest()
             if self._person.status is Status.ERASED:
                 raise PersonGone("erased", GONE)
             raise PersonGone("not_bound", f"The bot {binding.bot} was not bound when the message arrived.")
@@ -352,7 +352,7 @@ class Receiver:
             entry = found.entry
             if entry.nonce == self._nonce:
                 return stored.seq  # what others have stored behind it refuses the next write
-            person.adopt(found)
+            person.take_entry(found)
             if person.status in OVER or entry.since != person.key.since:
                 raise PersonGone("erased" if entry.erased else "not_bound", GONE)
         return None

@@ -12,6 +12,7 @@ the same identity (`commands.copy_headers`), which its partition drops. The rout
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -104,7 +105,9 @@ class Router:
         try:
             while queue:
                 batch = [*islice(queue.values(), BATCH)]
-                ended, ending = await self._persist(partial(self._ended, sandbox, batch), sandbox), []
+                ended, ending = set[int](), list[tuple[QueuedCommand, CommandResult]]()
+                with contextlib.suppress(Crashed):  # the owner of the copies asks, too
+                    ended = await self._persist(partial(self._ended, sandbox, batch), sandbox)
                 for routed in batch:
                     if routed.command.sequence in ended:
                         await routed.command.delivery.ack()
@@ -114,7 +117,7 @@ class Router:
                 await asyncio.gather(*(self._end(*each) for each in ending))
                 for routed in batch:
                     del queue[routed.command.sequence, routed.command.ref.stored_ms]
-        except (LeaseLost, Crashed) as exc:  # what is not acknowledged is delivered again
+        except LeaseLost as exc:  # what is not acknowledged is delivered again
             log.info("routing.fenced", reason=exc.reason)
         finally:
             del self._queues[sandbox]

@@ -450,7 +450,7 @@ class Sender:
             return
         self._pace.looked_at = now
         try:
-            await person.look()
+            await person.read_newest()
         except (Temporary, Refused) as exc:
             log.info("person.retrying", sandbox=person.key.sandbox, work="look", reason=exc.reason)
 

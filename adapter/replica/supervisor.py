@@ -285,13 +285,13 @@ class Supervisor:
         """Reads the newest entry of a person, beside the poll that waits."""
         person = shard.person(binding)
 
-        async def look() -> None:
+        async def read_newest() -> None:
             shard.tenure.check()
             with contextlib.suppress(Refused):  # no known key opens the entry: the person says so
-                await person.look()
+                await person.read_newest()
 
         with contextlib.suppress(LeaseLost, Crashed, RecordTooNew):
-            await persist(look, shard.tenure, self._clock, "look", bot=binding.bot)
+            await persist(read_newest, shard.tenure, self._clock, "look", bot=binding.bot)
 
     async def is_released(self, bot: str, *, ask: bool) -> bool:
         """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's poll key has, which

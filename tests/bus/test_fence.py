@@ -309,7 +309,7 @@ async def test_an_answer_in_hand_of_who_learns_of_the_end_meanwhile_is_dead_lett
     """As of an owner that is told of another replica's entry: what they know must not let them pass the fence."""
     person = await place.mine.take()
     await place.other.persons.end(place.key)
-    await person.look()
+    await person.read_newest()
     assert person.status is Status.ENDED
     await place.mine.receive(words(1, 2))
     assert (await place.said(), await place.dead()) == ([["END"]], ["not_bound"] * 2)
@@ -702,6 +702,6 @@ async def test_a_look_finds_what_another_server_has_just_acknowledged(place: Pla
     await place.other.take()
     for number in range(100):
         await place.other.receive(words(number))
-        await person.look()
+        await person.read_newest()
         (*_, newest) = await place.stored()
         assert person.position == newest.seq

@@ -436,7 +436,7 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     answer.set_result(words(1))
     await asyncio.sleep(1)
     assert (texts(successor), successor.chat.sent, bench.freed) == (["t1"], [], [BOT, BOT])
-    await (await successor.person()).look()  # as at the word of the other one
+    await (await successor.person()).read_newest()  # as at the word of the other one
     shard.on_delivery(successor.command("answer", id="c2", when_closed=when_closed))
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in successor.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
@@ -602,7 +602,7 @@ async def test_an_entry_that_the_person_has_read_since_is_not_stored_again(polle
         ack = await store(message)
         if message.stream == "in" and lost:
             lost -= 1
-            await (await bench.person()).look()
+            await (await bench.person()).read_newest()
             raise Temporary("timeout")
         return ack
 
@@ -809,7 +809,7 @@ async def test_the_present_owner_learns_of_a_late_message(poller: Poller) -> Non
 
     await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
     assert session is not None
-    await (await successor.person()).look()  # as the supervisor does at the word of the other one
+    await (await successor.person()).read_newest()  # as the supervisor does at the word of the other one
     successor.bus.forget_ids()
     successor.chat.polls.append(batch(raw("t1", 1, message_id=99), raw("t2", 2), cursor="c"))
     session.cancel_poll()
@@ -835,7 +835,7 @@ async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: P
     assert session is not None
     assert [one.outcome for one in successor.bus.receipts()] == ["parked"]
     asked = len(successor.chat.asked)
-    await (await successor.person()).look()
+    await (await successor.person()).read_newest()
     await asyncio.sleep(2)
     assert [one.outcome for one in successor.bus.receipts()] == ["parked", "accepted"]
     assert (len(successor.chat.asked), successor.chat.polling) == (asked, 1)

@@ -413,6 +413,20 @@ async def test_a_command_on_which_the_reader_raises_ends(bench: Bench, monkeypat
     assert len(bench.bus.found("DEAD")) == delivery.acks == 1
 
 
+async def test_commands_whose_receipts_cannot_be_asked_for_are_copied(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug of the code that asks. The owner of the copy asks, too, before it sends."""
+
+    async def fails(*_: object) -> None:
+        raise RuntimeError
+
+    routing = router(bench)
+    monkeypatch.setattr(bench.replica.parts.receipts, "find", fails)
+    await route(routing, plain(bench, sandbox="s1", id="c1", text="hi").again())
+    assert copied(bench, "s1") == ["hi"]
+
+
 async def test_a_command_whose_end_raises_stays_until_it_is_delivered_again(bench: Bench) -> None:
     bugs = Bugs(ALWAYS)
 

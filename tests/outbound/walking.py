@@ -205,7 +205,7 @@ class Owner:
         """What its poller does once the message is in the inbox."""
         while self.bench.bindings.get(bot):
             try:
-                return await (await self.bench.person(bot)).look()
+                return await (await self.bench.person(bot)).read_newest()
             except Temporary:
                 await asyncio.sleep(1)
 
