@@ -29,6 +29,8 @@ from adapter.ports import Heads, StoredMessage
 
 PAGE_BYTES = 1024 * 1024
 """As `consumer.PULL_BYTES`."""
+LAST_BYTES = 8 * PAGE_BYTES
+"""Most bytes of an answer with the newest messages of subjects. A server cuts a connection with 64 MiB unread."""
 SUBJECTS_AT_ONCE = 256
 """Most subjects whose newest messages are requested at once; a server accepts 1,024 (ADR-31)."""
 
@@ -92,7 +94,8 @@ class StreamHistory:
         found: list[StoredMessage] = []
         while wanted:  # an answer also ends by size
             asked = [*wanted | newest]
-            messages, end = await direct_get(self._connection, stream, {"multi_last": asked, "batch": len(asked)})
+            query = {"multi_last": asked, "batch": len(asked), "max_bytes": LAST_BYTES}
+            messages, end = await direct_get(self._connection, stream, query)
             if int(end.get("Nats-UpTo-Sequence", "0")) < last:
                 await asyncio.sleep(0.05)  # a lagging server answered, or the newest was deleted meanwhile
                 last, newest = await self._newest(stream)

@@ -27,7 +27,7 @@ from adapter.contract.records import PersonKey
 from adapter.errors import Conflict
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
-from adapter.jetstream.history import StreamHistory, direct_get
+from adapter.jetstream.history import LAST_BYTES, StreamHistory, direct_get
 from adapter.jetstream.managed_connection import CoreNats
 from adapter.jetstream.publisher import Publisher
 from adapter.observability.events import Events
@@ -603,10 +603,19 @@ async def test_a_thousand_persons_are_taken_from_three_servers_right_after_they_
     assert is_whole(keys, await place.replica(place.near).persons.load_all(keys))
 
 
-async def test_persons_with_large_entries_are_taken_whole(place: Place) -> None:
-    """Together they are more than a server sends in one answer."""
+async def test_persons_with_large_entries_are_taken_whole(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they are more than a server may have waiting for one connection."""
     keys = await store_persons(place, 200, size=400_000)
+    sizes: list[int] = []
+
+    async def measured(connection: Any, of: str, body: dict[str, Any]) -> tuple[list[StoredMessage], dict[str, str]]:
+        messages, end = await direct_get(connection, of, body)
+        sizes.append(sum(len(stored.data) for stored in messages))
+        return messages, end
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", measured)
     assert is_whole(keys, await place.replica(place.near).persons.load_all(keys))
+    assert max(sizes) < LAST_BYTES + 500_000
 
 
 class Lag:
