@@ -159,6 +159,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replicas: Literal[1, 3, 5] = 1
     """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
 
+    partitions: Annotated[int, Meta(ge=1, le=32)] = 32
+    """Parts that the sandboxes are cut into; each has one owner, so as many replicas have work. `--embedded`, `start`
+    and `demo` have 1. It is changed by `doctor --fix`, while no adapter runs and no command waits."""
+
     in_max_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
     """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows.
 
@@ -172,7 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Bindings that this replica serves at most; the rest waits for another replica."""
 
     lease_s: Annotated[float, Meta(ge=0.5)] = 4.0
-    """Seconds of silence after which a replica loses its shards to the others."""
+    """Seconds of silence after which a replica loses its partitions to the others."""
 
     drain_s: Annotated[float, Meta(ge=0)] = 50.0
     """Longest time between SIGTERM and exit, in seconds; longer than a long poll, so that no poll has to be cut."""

@@ -45,7 +45,7 @@ async def test_a_consumer_that_keeps_crashing_is_reported_and_ends(bench: Bench)
     assert shard.number > 0
     with capture_logs() as logs:
         await consume(replica, shard)
-    assert failed == [(topology.out_consumer(shard.number), "crashed: ValueError")]
+    assert failed == [(topology.partition_consumer(shard.number), "crashed: ValueError")]
     assert connection.met == ATTEMPTS
     assert [line["crashes"] for line in logs if line["event"] == "work.crashed"] == [1, 2, 3]
 

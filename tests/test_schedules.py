@@ -25,7 +25,6 @@ from adapter.bridge import entries
 from adapter.bridge.partition import Partition
 from adapter.bridge.receive import ANYBODY
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, Receipt, Unbind
-from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.kit.persist import persist
@@ -233,7 +232,7 @@ class Replica:
         self.own()
 
     async def _working(self, bench: Bench, sandbox: str) -> Partition | None:
-        return None if self.is_leaving else bench.shards.get(shard_of(sandbox))
+        return None if self.is_leaving else bench.shards.get(bench.names.partition_of(sandbox))
 
     def _close(self, bot: str, *_: object) -> None:
         for bench in self.benches.values():
@@ -248,9 +247,11 @@ class Replica:
         self.shards: dict[int, Partition] = {}
         for bench in self.benches.values():
             bench.leases.has_lease = True
-            bench.leases.owned = {shard_of(name) for name, one in self.benches.items() if one is bench}
+            bench.leases.owned = {
+                bench.names.partition_of(name) for name, one in self.benches.items() if one is bench
+            }
         for name, bench in self.benches.items():
-            self.shards[shard_of(name)] = bench.shard(name, **rules)
+            self.shards[bench.names.partition_of(name)] = bench.shard(name, **rules)
         for binding in self._model.world.bindings:
             self._close(binding.bot)
 
@@ -406,7 +407,7 @@ class Model:
         owner = self.owner
         while owner is self.owner and (binding := self.world.bindings.serving(bot)):
             try:
-                person = owner.shards[shard_of(binding.sandbox)].person(binding)
+                person = owner.shards[self.world.names.partition_of(binding.sandbox)].person(binding)
                 await person.open()
                 return await person.read_newest()
             except Temporary:
@@ -471,7 +472,7 @@ class Model:
                 bench.stale.discard(bot)
             binding = self.world.bindings.get(bot)
             if binding is not None and replica is self.owner:
-                replica.shards[shard_of(binding.sandbox)].on_binding(None, binding)
+                replica.shards[self.world.names.partition_of(binding.sandbox)].on_binding(None, binding)
 
         self.call_later(seconds, over)
 

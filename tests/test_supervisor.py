@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from adapter.bridge import partition as outbound
 from adapter.bridge.poller import ANSWER_GRACE_S, BotPoller, State
-from adapter.contract.names import SHARDS, shard_of, to_subject_token
+from adapter.contract.names import Names, to_subject_token
 from adapter.contract.records import Binding
 from adapter.ports import Account, Polled
 from adapter.replica.health import observe
@@ -165,7 +165,7 @@ async def test_a_poll_that_ends_after_a_handover_is_counted_by_the_new_owner_alo
         session.is_handed_over = True  # also those of shards that are still to be given away
     made.leases.owned -= given
     observe(made, bench.clock, bench.metrics, 0)
-    left = sum(shard_of(binding.sandbox) not in given for binding in bench.bindings)
+    left = sum(Names().partition_of(binding.sandbox) not in given for binding in bench.bindings)
     assert bench.metrics.value("bindings", state="polling") == left < BOTS
 
 
@@ -217,7 +217,7 @@ async def test_a_change_of_a_binding_cuts_no_poll_of_a_shard_that_is_to_be_given
     made = supervisor(bench, shard=shard, new_poller=lambda bot: Waits(bot, bench.parts(), no_person, ignored))
     await following(made)
     shard.answered.clear()  # those whose turn it is wait for their requests
-    bench.leases.surplus = {shard_of(binding.sandbox) for binding in bench.bindings}
+    bench.leases.surplus = {Names().partition_of(binding.sandbox) for binding in bench.bindings}
     bench.leases.changed.notify_all()
     await settle()
     assert len(bench.leases.surplus) > HANDED_AT_ONCE
@@ -231,16 +231,16 @@ async def test_a_change_of_a_binding_cuts_no_poll_of_a_shard_that_is_to_be_given
 async def test_what_nobody_polls_is_counted(following: Following) -> None:
     """Bindings of owned shards without a poller, and all those of shards that no replica owns."""
     bench = bound(500)
-    mine, orphans = set(range(0, SHARDS, 4)), set(range(1, SHARDS, 4))
+    mine, orphans = set(range(0, Names().partitions, 4)), set(range(1, Names().partitions, 4))
     leases = FakeLeases(owned=mine)
     leases.orphans = orphans
     made = supervisor(bench, leases=leases, capacity=0)
     await following(made)
-    shards = [shard_of(binding.sandbox) for binding in bench.bindings]
+    shards = [Names().partition_of(binding.sandbox) for binding in bench.bindings]
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in mine | orphans for shard in shards)
     for binding in bench.bindings:
-        if shard_of(binding.sandbox) in mine:
+        if Names().partition_of(binding.sandbox) in mine:
             made.pollers[binding.bot] = bench.new_poller(binding.bot)
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards) > 0
@@ -367,7 +367,7 @@ class Giving(FakeLeases):
     released = False
 
     def __init__(self) -> None:
-        super().__init__(owned={shard_of("s1")})
+        super().__init__(owned={Names().partition_of("s1")})
 
     def rebalance(self) -> None:
         """Another replica should have the shard."""

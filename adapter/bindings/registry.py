@@ -10,7 +10,7 @@ import structlog
 from msgspec import structs
 
 from adapter.contract.messages import BindingState
-from adapter.contract.names import SHARDS, Names, from_subject_token, shard_of, to_subject_token
+from adapter.contract.names import Names, from_subject_token, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused, Temporary
 from adapter.kit.timing import ChangeSignal, Clock
@@ -32,6 +32,7 @@ class Bindings:
     def __init__(
         self,
         bucket: Bucket,
+        names: Names,
         same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
         *,
         unbound_s: int = 0,
@@ -39,7 +40,8 @@ class Bindings:
         """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         """With their revisions."""
-        self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
+        self.partition_of = names.partition_of
+        self._by_partition: list[dict[str, dict[str, Binding]]] = [{} for _ in range(names.partitions)]
         """By sandbox and bot, in the order of bot ids."""
         self.changed = ChangeSignal()
         self.is_loaded = False
@@ -70,7 +72,7 @@ class Bindings:
 
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
-        return list(self._by_shard[shard_of(sandbox)].get(sandbox, {}).values())
+        return list(self._by_partition[self.partition_of(sandbox)].get(sandbox, {}).values())
 
     def serving_sandbox(self, sandbox: str) -> list[Binding]:
         """As `of_sandbox`, without bindings that are closing."""
@@ -80,9 +82,9 @@ class Bindings:
         """Those of `serving_sandbox` with this user; several only shortly after a login."""
         return [binding for binding in self.serving_sandbox(sandbox) if binding.user == user]
 
-    def of_shard(self, shard: int) -> list[Binding]:
-        """Bindings of the shard's sandboxes."""
-        return [binding for of_sandbox in self._by_shard[shard].values() for binding in of_sandbox.values()]
+    def of_partition(self, number: int) -> list[Binding]:
+        """Bindings of the partition's sandboxes."""
+        return [binding for of_sandbox in self._by_partition[number].values() for binding in of_sandbox.values()]
 
     def __iter__(self) -> Iterator[Binding]:
         return iter([binding for binding, _ in self._by_bot.values()])
@@ -217,7 +219,7 @@ class Bindings:
     def _replace(self, bot: str, after: Binding | None, revision: int) -> None:
         before = self.get(bot)
         if before is not None:
-            sandboxes = self._by_shard[shard_of(before.sandbox)]
+            sandboxes = self._by_partition[self.partition_of(before.sandbox)]
             del sandboxes[before.sandbox][bot]
             if not sandboxes[before.sandbox]:
                 del sandboxes[before.sandbox]
@@ -225,7 +227,7 @@ class Bindings:
             self._by_bot.pop(bot, None)
         else:
             self._by_bot[bot] = after, revision
-            sandboxes = self._by_shard[shard_of(after.sandbox)]
+            sandboxes = self._by_partition[self.partition_of(after.sandbox)]
             bound = {**sandboxes.get(after.sandbox, {}), bot: after}
             sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
 

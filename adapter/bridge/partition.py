@@ -73,8 +73,9 @@ class Partition:
         """Reads what is stored of all its persons, hundreds in a request. Who cannot be read is read again when there
         is something to do. Raises Temporary."""
         bindings = self.parts.bindings
-        stored = await self.parts.persons.load_all([*{binding.key for binding in bindings.of_shard(self.number)}])
-        bound = {binding.key: binding for binding in bindings.of_shard(self.number)}  # some may have gone meanwhile
+        stored = await self.parts.persons.load_all([*{binding.key for binding in bindings.of_partition(self.number)}])
+        # some may have gone meanwhile
+        bound = {binding.key: binding for binding in bindings.of_partition(self.number)}
         for number, (key, found) in enumerate(stored.items()):
             if key not in bound:
                 continue

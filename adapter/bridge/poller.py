@@ -27,7 +27,6 @@ from adapter.bridge.parts import Parts
 from adapter.bridge.person import OVER, Person
 from adapter.bridge.receive import Receiver
 from adapter.bridge.sessions import BotSession
-from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.kit.persist import persist
@@ -305,7 +304,7 @@ class BotPoller:
 
     def _check_owned(self, binding: Binding) -> None:
         """Raises LeaseLost unless this replica owns the partition of the bot's sandbox."""
-        self._parts.leases.ensure_owned(shard_of(binding.sandbox))
+        self._parts.leases.ensure_owned(self._parts.names.partition_of(binding.sandbox))
 
     # taking -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Copies commands from plain `wechat.out` to `wechat.out.<sandbox>`, in order.
 
-The owner of shard 0 runs the router. Each sandbox has a queue of its commands, and a task while something is in it.
-The task takes a batch, stores one copy after the other, and acknowledges the originals. One copy is in flight for
+The owner of partition 0 runs the router. Each sandbox has a queue of its commands, and a task while something is in
+it. The task takes a batch, stores one copy after the other, and acknowledges the originals. One copy is in flight for
 each sandbox: if the stream's leader fails, a copy may be lost while the new leader stores a later one. A command
 without a valid sandbox, one that is unreadable, and one whose copy is refused, end with a receipt.
 
@@ -56,7 +56,7 @@ _Queue: TypeAlias = dict[tuple[int, int], _Routed]
 
 
 class Router:
-    """Copies commands to the subjects of their sandboxes, during one tenure of shard 0."""
+    """Copies commands to the subjects of their sandboxes, during one tenure of partition 0."""
 
     def __init__(self, parts: Parts, tenure: Tenure) -> None:
         self._parts = parts

@@ -47,10 +47,10 @@ class _Ticket(NamedTuple):
 
 
 class TypingIndicators:
-    """The typing indicators of one shard, by sandbox and user."""
+    """The typing indicators of one partition, by sandbox and user."""
 
     def __init__(self, chat: Chat, clock: Clock, ensure_owner: Callable[[], None]) -> None:
-        """`ensure_owner` raises LeaseLost unless this replica owns the shard."""
+        """`ensure_owner` raises LeaseLost unless this replica owns the partition."""
         self._chat = chat
         self._clock = clock
         self._ensure_owner = ensure_owner

@@ -69,6 +69,7 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
         token_key=(secrets.token_bytes(32),),
         send_gap_ms=0,
         lease_s=1.0,
+        partitions=1,
         drain_s=DRAIN_S,
         http_addr="127.0.0.1:0",
         in_max_bytes=2**26,  # a server on a small disk refuses to reserve more than it has

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Awaitable
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.copies import lacking_copies, sentences
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
-from adapter.settings import NEWEST_ILINK_VERSION, PREFIX
+from adapter.settings import NEWEST_ILINK_VERSION, PREFIX, variable_of
 
 PING_S = 1.0
 SPARE = 0.9
@@ -132,6 +133,10 @@ async def _check_topology(bus: BusConnection) -> list[Finding]:
         for w in missing
     ]
     for d in different:
+        if number := topology.renumbered_from(d):
+            said = topology.partitions_advice(bus.names, number, bus.settings.partitions)
+            checks.append(Finding(d.name, "fail", said))
+            continue
         said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix"
         if d.lowers:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
@@ -165,11 +170,17 @@ async def _adopt_settings(bus: BusConnection, here: topology.Shape) -> Finding:
     if layout is not None and layout.settings:
         shape, whose = layout.settings, "the layout key"
     known = {name: value for name, value in shape.items() if name in topology.SHAPING}
+    if variable_of("partitions") in os.environ:  # no adapter starts with another number, so only `--fix` changes it
+        known["partitions"] = here["partitions"]
     bus.settings = msgspec.structs.replace(bus.settings, **known)
     if layout is not None and layout.version != topology.LAYOUT:
         return Finding("layout", "fail", topology.layout_advice(layout))
     said = f"version {topology.LAYOUT}, settings of {whose}"
-    if differ := [f"{PREFIX}{name.upper()} is {here[name]}" for name in shape if shape[name] != here.get(name)]:
+    if differ := [
+        f"{PREFIX}{name.upper()} is {here[name]}"
+        for name in shape
+        if name != "partitions" and shape[name] != here.get(name)
+    ]:
         said += f", not those here ({', '.join(differ)})"
     if layout is None:
         return Finding("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
@@ -333,7 +344,10 @@ async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: 
     if layout.state == "fail" and "--fix" not in layout.say:
         raise Failed(NO, layout.say)
     try:
-        missing, different, _ = await topology.inspect_topology(connection, names, settings)
+        missing, different, infos = await topology.inspect_topology(connection, names, settings)
+        for number in filter(None, map(topology.renumbered_from, different)):
+            if infos[names.stream_out]["state"]["messages"] or await query_adapters(bus):
+                raise Failed(NO, topology.partitions_advice(names, number, settings.partitions))
         for wanted in missing:
             say(f"creating stream {wanted.name}")
             await topology.create_stream(connection, wanted)

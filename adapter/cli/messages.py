@@ -94,7 +94,7 @@ async def _find_steps(bus: BusConnection, sandbox: str, ident: str, *, texts: bo
         if sandbox != (headers.get(H_SANDBOX) or body.sandbox or sandbox):
             return None
         ids = {body.id, body.command, body.reply_to, headers.get(H_COMMAND), headers.get(H_MSG_ID)}
-        if stored.subject.startswith(f"{names.out_plain}."):
+        if stored.subject.startswith(f"{names.prefix}.part."):
             ids.add(str(stored.seq))  # where a command has no other id
         return stored if ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id) else None
 

@@ -82,9 +82,10 @@ async def durable_nats(settings: Settings, port: int) -> AsyncIterator[tuple[Emb
 
 
 def embedded_settings(settings: Settings, url: str) -> Settings:
-    """The settings for the embedded server at `url`, which asks for nothing but the token in it."""
+    """The settings for the embedded server at `url`, which asks for nothing but the token in it. One adapter uses it,
+    with one lease to renew."""
     others = dict.fromkeys(CREDENTIALS, "")
-    return msgspec.structs.replace(settings, nats_url=(url,), nats_tls_first=False, **others)
+    return msgspec.structs.replace(settings, nats_url=(url,), nats_tls_first=False, partitions=1, **others)
 
 
 def _embedded_token(folder: Path) -> str:

@@ -12,9 +12,6 @@ from urllib.parse import unquote_to_bytes
 
 from adapter.errors import Refused
 
-SHARDS = 128
-"""Shards of the server's `partition()` over the sandboxes. The number is fixed, since stored subjects contain it."""
-
 UNROUTED = "_"
 """The sandbox in receipts of commands without a readable one. No sandbox has this name."""
 
@@ -86,12 +83,12 @@ def check_sandbox(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=32_768)  # called for each poll and message
-def shard_of(sandbox: str) -> int:
-    """The shard of a sandbox: 32-bit FNV-1a modulo SHARDS, as nats-server's `partition(128,1)` computes it."""
+def _partition_of(sandbox: str, partitions: int) -> int:
+    """32-bit FNV-1a modulo the number of partitions, as nats-server's `partition()` computes it."""
     h = 2166136261
     for byte in sandbox.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF
-    return h % SHARDS
+    return h % partitions
 
 
 _INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
@@ -176,13 +173,17 @@ def read_position(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+_STREAM_OF_KIND = {"inbox": "in", "part": "out"}
+"""By second token of a stored subject, where the stream is named otherwise."""
+
+
 def stream_of(subject: str) -> str:
     """The stream that stores a subject, including those of buckets and of the object store."""
     first, _, rest = subject.partition(".")
     second = rest.partition(".")[0]
     if first in ("$KV", "$O"):
         return f"{'KV' if first == '$KV' else 'OBJ'}_{second}"
-    return f"{first}_{'in' if second == 'inbox' else second}".upper()
+    return f"{first}_{_STREAM_OF_KIND.get(second, second)}".upper()
 
 
 _HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -233,8 +234,10 @@ def command_traceparent(author: str, sandbox: str, sequence: int, stored_ms: int
 class Names:
     """All subjects, streams and buckets under one prefix (setting WECHAT_NATS_PREFIX)."""
 
-    def __init__(self, prefix: str = "wechat") -> None:
+    def __init__(self, prefix: str = "wechat", partitions: int = 32) -> None:
+        """`partitions`: their number in the layout, which only an adapter needs to know."""
         self.prefix = prefix
+        self.partitions = partitions
         upper = prefix.upper()
         self.stream_in = f"{upper}_IN"
         self.stream_out = f"{upper}_OUT"
@@ -266,13 +269,17 @@ class Names:
         """Subject to which a sandbox publishes its commands."""
         return f"{self.prefix}.out.{sandbox}"
 
-    def out_shard(self, shard: int) -> str:
-        """Filter for the stored commands of one shard (after the stream's subject transform)."""
-        return f"{self.prefix}.out.{shard}.*"
+    def partition_of(self, sandbox: str) -> int:
+        """The partition that the server stores the commands of a sandbox in."""
+        return _partition_of(sandbox, self.partitions)
+
+    def of_partition(self, number: int) -> str:
+        """Filter for what is stored of one partition (after the stream's subject transform)."""
+        return f"{self.prefix}.part.{number}.>"
 
     def out_of_sandbox(self, sandbox: str) -> str:
-        """The stored commands of one sandbox."""
-        return f"{self.prefix}.out.{shard_of(sandbox)}.{sandbox}"
+        """Filter for the stored commands of one sandbox, which may be `*`; plain ones are not among them."""
+        return f"{self.prefix}.part.*.out.{sandbox}"
 
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
@@ -292,7 +299,7 @@ class Names:
         return f"{self.prefix}.dead.{stream}"
 
     def polled(self) -> str:
-        """Subject on which replicas say whose poll has ended, and that a shard is free; sandboxes have no access."""
+        """Subject on which replicas say whose poll has ended, and that a partition is free; sandboxes may not."""
         return f"{self.prefix}.adapter.polled"
 
     def replica_status(self) -> str:

@@ -21,21 +21,22 @@ import msgspec
 import structlog
 
 from adapter.contract.messages import COMMAND_BYTES
-from adapter.contract.names import SHARDS, Names
+from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, NO_STREAM
 from adapter.jetstream.buckets import KvBucket, updates_subject_of
 from adapter.jetstream.history import direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.settings import Settings
+from adapter.settings import Settings, variable_of
 
 log = structlog.get_logger()
 
-LAYOUT = 2
+LAYOUT = 3
 """Version of `wanted_streams`: one more with each change of names, subjects or meanings."""
 KEY = "layout"
 SHAPING = (
     "replicas",
+    "partitions",
     "in_max_per_sandbox",
     "in_max_age_h",
     "in_max_bytes",
@@ -80,21 +81,21 @@ EVENTS_KEPT = 100_000
 """Events of one kind and sandbox that are kept. A sandbox with thousands of refused commands must not fill the disk.
 Receipts have a subject for each command; bridge/receipts.py bounds them."""
 OUT_UNSETTLED = 100_000
-"""Commands of a shard that are delivered and not settled: the full queues of ten sandboxes. The shard bounds their
-bytes itself; otherwise one sandbox could fill its consumer."""
+"""Commands of a partition that are delivered and not settled: the full queues of ten sandboxes. The partition bounds
+their bytes itself; otherwise one sandbox could fill its consumer."""
 UNSETTLED = 512
 """Commands of the router, or control commands, that are delivered and not settled."""
 
 LIMITS = ("num_replicas", "max_bytes", "max_age", "max_msgs_per_subject")
 
-OUT = "out-"
+PARTITION = "part-"
 ROUTER = "router"
 CONTROL = "control"
 
 
-def out_consumer(shard: int) -> str:
-    """Name of the durable consumer for one shard's commands."""
-    return f"{OUT}{shard:03d}"
+def partition_consumer(number: int) -> str:
+    """Name of the durable consumer for one partition's commands."""
+    return f"{PARTITION}{number:02d}"
 
 
 class Wanted(NamedTuple):
@@ -192,8 +193,9 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_bytes=_share_of_inbound_bytes(settings, OUT_PART),
             duplicate_window=OUT_DUPLICATE_WINDOW_NS,
             subject_transform={
-                "src": f"{prefix}.out.*",
-                "dest": f"{prefix}.out.{{{{partition({SHARDS},1)}}}}.{{{{wildcard(1)}}}}",
+                "src": f"{prefix}.*.*",
+                "dest": f"{prefix}.part.{{{{partition({settings.partitions},2)}}}}"
+                ".{{wildcard(1)}}.{{wildcard(2)}}",
             },
         ),
         stream(
@@ -263,7 +265,7 @@ def consumer_config(names: Names, name: str) -> tuple[str, dict[str, Any]]:
         return names.stream_ctl, config
     if name == ROUTER:
         return names.stream_out, config | {"filter_subject": names.out_plain}
-    subject = names.out_shard(int(name.removeprefix(OUT)))
+    subject = names.of_partition(int(name.removeprefix(PARTITION)))
     # in memory, or a server writes a file for each that is in use, ten times a second
     own = {"filter_subject": subject, "max_ack_pending": OUT_UNSETTLED, "mem_storage": True}
     return names.stream_out, config | own
@@ -367,6 +369,8 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
     layout = await read_layout(connection, names) if has_claims else None
     if layout is not None and layout.version != LAYOUT:
         raise SettingsError("layout_differs", layout_advice(layout))
+    if (number := (layout.settings if layout else {}).get("partitions", settings.partitions)) != settings.partitions:
+        raise SettingsError("partitions_differ", partitions_advice(names, int(number), settings.partitions))
     if layout is not None and missing:  # another replica may have created the rest since
         missing, different, _ = await inspect_topology(connection, names, settings)
         if gone := ", ".join(wanted.name for wanted in missing):
@@ -423,6 +427,22 @@ def layout_advice(layout: Layout) -> str:
     """What to do where streams have the layout of another version."""
     said = f"The streams have layout {layout.version}, this program has {LAYOUT}"
     return f"{said}: {'use a newer program' if layout.version > LAYOUT else 'run `wechat-nats doctor --fix`'}."
+
+
+def renumbered_from(difference: Difference) -> int | None:
+    """The number of partitions of a stream whose number differs; None: the difference is another one."""
+    if difference.field != "subject_transform":
+        return None
+    found, wanted = (
+        str(each).partition("{partition(")[2].partition(",")[0] for each in (difference.found, difference.wanted)
+    )
+    return int(found) if found.isdecimal() and found != wanted else None
+
+
+def partitions_advice(names: Names, found: int, wanted: int) -> str:
+    """What to do where the stream has another number of partitions."""
+    said = f"{names.stream_out} has {found} partitions, {variable_of('partitions')} is {wanted}: set {found}, or"
+    return f"{said}, once the stream is empty and no adapter runs, change them by `wechat-nats doctor --fix`."
 
 
 async def _stream_info(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:

@@ -31,7 +31,6 @@ import secrets
 import msgspec
 import structlog
 
-from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim, Member
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
 from adapter.kit.timing import ChangeSignal, Clock, raise_if_cancelled, wait_event
@@ -100,6 +99,7 @@ class Leases:
         *,
         instance: str,
         lease_s: float,
+        partitions: int,
     ) -> None:
         self.incarnation = ""
         self.owned: set[int] = set()
@@ -120,6 +120,7 @@ class Leases:
         self._metrics = metrics
         self._instance = instance
         self._lease_s = lease_s
+        self._partitions = partitions
         # the own key
         self._revision = 0
         self._renewing = asyncio.Lock()
@@ -391,7 +392,7 @@ class Leases:
     async def _claim_free(self, claims: dict[str, Entry]) -> None:
         eligible = [name for name, seen in self._live.items() if not seen.draining]
         free_shards, orphans = [], set()
-        for shard in range(SHARDS):
+        for shard in range(self._partitions):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))

@@ -1,4 +1,4 @@
-"""The consumers of a shard that this replica owns; for shard 0 also those of the router and of control commands."""
+"""The consumers of a partition that this replica owns; for partition 0 also those of router and control."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BROKEN_S = 600.0
 """Time within which a consumer crashes as often as `persist` lets it, if only a restart helps."""
 
 
-async def consume(replica: Replica, shard: Partition) -> None:
-    """Runs until cancelled, or until the shard is lost. A consumer that keeps crashing fails /livez."""
+async def consume(replica: Replica, partition: Partition) -> None:
+    """Runs until cancelled, or until the partition is lost. A consumer that keeps crashing fails /livez."""
 
     async def keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             began = replica.clock.monotonic()
             try:
-                await persist(work, shard.tenure, replica.clock, name)
+                await persist(work, partition.tenure, replica.clock, name)
             except LeaseLost:
                 log.debug("consumer.ended", consumer=name)
                 return
@@ -39,33 +39,35 @@ async def consume(replica: Replica, shard: Partition) -> None:
                     return
 
     try:  # what is delivered again may belong to whom a record names
-        await persist(shard.open, shard.tenure, replica.clock, "partition.open", partition=shard.number)
+        await persist(partition.open, partition.tenure, replica.clock, "partition.open", partition=partition.number)
     except LeaseLost:
         return
-    out = topology.out_consumer(shard.number)
+    out = topology.partition_consumer(partition.number)
     async with asyncio.TaskGroup() as group:
-        group.create_task(keep(out, partial(_consume, replica, shard, out, shard.on_delivery)))
-        if shard.number == 0:
-            group.create_task(keep(topology.ROUTER, partial(_route, replica, shard)))
-            group.create_task(keep(topology.CONTROL, partial(_control, replica, shard)))
+        group.create_task(keep(out, partial(_consume, replica, partition, out, partition.on_delivery)))
+        if partition.number == 0:
+            group.create_task(keep(topology.ROUTER, partial(_route, replica, partition)))
+            group.create_task(keep(topology.CONTROL, partial(_control, replica, partition)))
 
 
-async def _route(replica: Replica, shard: Partition) -> None:
-    router = replica.new_router(shard.tenure)
+async def _route(replica: Replica, partition: Partition) -> None:
+    router = replica.new_router(partition.tenure)
     try:
-        await _consume(replica, shard, topology.ROUTER, router.on_delivery)
+        await _consume(replica, partition, topology.ROUTER, router.on_delivery)
     finally:
         router.stop()
 
 
-async def _control(replica: Replica, shard: Partition) -> None:
-    control = replica.new_control(shard.tenure)
+async def _control(replica: Replica, partition: Partition) -> None:
+    control = replica.new_control(partition.tenure)
     async with asyncio.TaskGroup() as group:
-        group.create_task(_consume(replica, shard, topology.CONTROL, control.enqueue))
+        group.create_task(_consume(replica, partition, topology.CONTROL, control.enqueue))
         group.create_task(control.run())
 
 
-async def _consume(replica: Replica, shard: Partition, name: str, on_delivery: Callable[[Delivery], None]) -> None:
+async def _consume(
+    replica: Replica, partition: Partition, name: str, on_delivery: Callable[[Delivery], None]
+) -> None:
     is_out = name not in (topology.ROUTER, topology.CONTROL)
     redeliveries = replica.metrics.nats_redeliveries.labels(consumer="out" if is_out else name)
 
@@ -80,6 +82,6 @@ async def _consume(replica: Replica, shard: Partition, name: str, on_delivery: C
     consumer = Consumer(
         replica.edges.connection,
         *topology.consumer_config(replica.names, name),
-        check=shard.tenure.check,
+        check=partition.tenure.check,
     )
     await consumer.run(take_delivery)

@@ -50,6 +50,7 @@ class Edges:
             self.metrics,
             instance=instance,
             lease_s=settings.lease_s,
+            partitions=names.partitions,
         )
         self.bus = Publisher(self.connection, self.clock, self.metrics)
         self.media_bus = Publisher(self.media_connection, self.clock, self.metrics)

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from adapter.bridge.poller import State
-from adapter.contract.names import Names, shard_of
+from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
@@ -286,7 +286,7 @@ def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) 
 def _is_anothers(supervisor: Supervisor, bot: str) -> bool:
     """Whether another replica may have the shard of a bot by now."""
     binding = supervisor.bindings.get(bot)
-    return binding is None or shard_of(binding.sandbox) not in supervisor.leases.owned
+    return binding is None or supervisor.bindings.partition_of(binding.sandbox) not in supervisor.leases.owned
 
 
 def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None:
@@ -305,4 +305,5 @@ def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None
     # every replica reports shards without an owner, since it may be the only one left
     open_to_us = supervisor.leases.owned | supervisor.leases.orphans
     unpolled = (binding for binding in supervisor.bindings if binding.bot not in supervisor.pollers)
-    metrics.bindings_unowned.set(sum(shard_of(binding.sandbox) in open_to_us for binding in unpolled))
+    unowned = sum(supervisor.bindings.partition_of(binding.sandbox) in open_to_us for binding in unpolled)
+    metrics.bindings_unowned.set(unowned)

@@ -32,7 +32,6 @@ from adapter.bindings.registry import Bindings
 from adapter.bridge.partition import Partition
 from adapter.bridge.person import Person
 from adapter.bridge.poller import BotPoller
-from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import Crashed, LeaseLost, RecordTooNew, Refused, Temporary
 from adapter.kit.persist import persist
@@ -175,7 +174,7 @@ class Supervisor:
             consuming.add_done_callback(self._report_failed)
         changed, self._owned = owned ^ self._owned, owned
         for number in changed:
-            self._dirty.update(binding.bot for binding in self.bindings.of_shard(number))
+            self._dirty.update(binding.bot for binding in self.bindings.of_partition(number))
         if changed:
             self._opened.notify_all()
 
@@ -184,7 +183,7 @@ class Supervisor:
         binding = self.bindings.serving(bot)
         if binding is None or binding.state == "too_new" or self.leases.draining:
             return False
-        shard = shard_of(binding.sandbox)
+        shard = self.bindings.partition_of(binding.sandbox)
         return shard in self._owned and shard not in self._leaving
 
     def _follow(self, bot: str, new_poller: Callable[[str], BotPoller]) -> None:
@@ -197,7 +196,7 @@ class Supervisor:
         binding = self.bindings.serving(bot)
         if binding is None:
             poller.stop(immediately=True)
-        elif shard_of(binding.sandbox) in self._leaving:
+        elif self.bindings.partition_of(binding.sandbox) in self._leaving:
             pass  # it polls until the shard's turn: `_give_away` ends it
         elif not self._is_wanted(bot):
             # handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
@@ -231,9 +230,12 @@ class Supervisor:
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         sides = [binding for binding in (before, after) if binding is not None]
-        for number in {shard_of(binding.sandbox) for binding in sides}:
+        for number in {self.bindings.partition_of(binding.sandbox) for binding in sides}:
             if shard := self.shards.get(number):
-                is_here = [binding is not None and shard_of(binding.sandbox) == number for binding in (before, after)]
+                is_here = [
+                    binding is not None and self.bindings.partition_of(binding.sandbox) == number
+                    for binding in (before, after)
+                ]
                 shard.on_binding(before if is_here[0] else None, after if is_here[1] else None)
         if (poller := self.pollers.get(bot)) and (
             after is None
@@ -253,7 +255,7 @@ class Supervisor:
 
     async def open_shard(self, sandbox: str) -> Partition | None:
         """The shard of a sandbox once it works; None: this replica does not own it."""
-        number, leases = shard_of(sandbox), self.leases
+        number, leases = self.bindings.partition_of(sandbox), self.leases
         while (shard := self.shards.get(number)) is None:
             if number not in leases.owned or number in self._leaving or leases.draining:
                 return None
@@ -267,7 +269,7 @@ class Supervisor:
 
     def on_session_changed(self, binding: Binding) -> None:
         """A refused token is retried, or no longer: the person is told."""
-        if shard := self.shards.get(shard_of(binding.sandbox)):
+        if shard := self.shards.get(self.bindings.partition_of(binding.sandbox)):
             shard.on_binding(None, binding)
 
     def on_polled(self, bot: str) -> None:
@@ -277,7 +279,7 @@ class Supervisor:
         elif poller := self.pollers.get(bot):
             poller.on_polled()
         binding = self.bindings.serving(bot)
-        shard = self.shards.get(shard_of(binding.sandbox)) if binding is not None else None
+        shard = self.shards.get(self.bindings.partition_of(binding.sandbox)) if binding is not None else None
         if binding is not None and shard is not None:
             self._tasks.spawn(self._look(binding, shard))
 
@@ -359,7 +361,7 @@ class Supervisor:
                 await self._give_away(number, SEND_GRACE_S)
             finally:
                 del self._leaving[number]
-                self._dirty.update(binding.bot for binding in self.bindings.of_shard(number))
+                self._dirty.update(binding.bot for binding in self.bindings.of_partition(number))
                 self._changed.notify_all()
 
     async def _give_away(self, number: int, grace_s: float) -> None:
@@ -371,7 +373,7 @@ class Supervisor:
                 self.shards[number] = shard  # another call ends its requests
                 raise
         if not self.leases.draining:  # otherwise `drain` has stopped all pollers
-            for binding in self.bindings.of_shard(number):
+            for binding in self.bindings.of_partition(number):
                 if poller := self.pollers.get(binding.bot):
                     poller.is_handed_over = True
                     poller.stop(immediately=False)

@@ -99,7 +99,7 @@ class Replica:
     ) -> None:
         self.settings = settings
         self.instance = socket.gethostname()
-        self.names = names = Names(settings.prefix)
+        self.names = names = Names(settings.prefix, settings.partitions)
         self.edges = edges = edges or Edges(settings, names, self.instance)
         self.clock, self.metrics, self.leases = clock, metrics, leases = edges.clock, edges.metrics, edges.leases
         self.sealer = sealer = Sealer(settings.token_key)
@@ -108,7 +108,9 @@ class Replica:
         # what is stored
         self.events = events = Events(edges.bus, names, clock, metrics)
         self.receipts = Receipts(events, edges.history, names, clock, metrics)
-        self.bindings = bindings = Bindings(edges.bucket(names.bindings), sealer.is_same_secret, unbound_s=unbound_s)
+        self.bindings = bindings = Bindings(
+            edges.bucket(names.bindings), names, sealer.is_same_secret, unbound_s=unbound_s
+        )
         self.readers = Readers(edges.readers, clock)
         self.polls = Polls(edges.bucket(names.polls), leases)
         persons_bucket = edges.bucket(names.persons)

@@ -101,14 +101,13 @@ class PersonSearch:
 
     def _places(self) -> list[tuple[StoredKind, str, str]]:
         names, sandbox = self._names, self._sandbox or "*"
-        out = names.out_of_sandbox(self._sandbox) if self._sandbox else f"{names.out_plain}.>"
         return [
             ("binding", f"KV_{names.bindings}", f"$KV.{names.bindings}.>"),
             ("person", f"KV_{names.persons}", f"$KV.{names.persons}.{sandbox}.*"),
             ("login", f"KV_{names.logins}", f"$KV.{names.logins}.>"),
             ("message", names.stream_in, names.inbox(sandbox)),
             ("event", names.stream_event, names.event(sandbox, ">")),
-            ("command", names.stream_out, out),
+            ("command", names.stream_out, names.out_of_sandbox(sandbox)),
             ("command", names.stream_out, names.out_plain),
         ]
 

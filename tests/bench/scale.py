@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from adapter.contract.names import SHARDS
+from adapter.settings import Settings
 from tests.bench.plot import bars
 
 PLOT = Path(__file__).parents[2] / "docs" / "reports" / "scale.svg"
@@ -49,7 +49,8 @@ COPIES = 3
 # Allowed, as the chart has it:
 CAPACITY, REPLICA_CORES, REPLICA_MEMORY = 10_000, 0.6, 2 * GIB
 SERVER_CORES, SERVER_MEMORY = 4.0, 32 * GIB
-# A replica owns whole shards: no cluster has more replicas.
+PARTITIONS = Settings().partitions
+"""A replica owns whole ones: no cluster has more replicas."""
 
 # Dollars a month:
 CORE, GIB_MEMORY, GIB_DISK = 30.0, 4.0, 0.1
@@ -77,7 +78,7 @@ def limits(a_minute: float) -> tuple[dict[str, float], dict[str, float]]:
     cluster = {
         f"CPU, {SERVER_CORES:.0f} cores a server": SERVER_CORES / spent.server,
         f"memory, {SERVER_MEMORY / GIB:.0f} GiB a server": SERVER_MEMORY / server_memory(),
-        f"{SHARDS} shards, so as many replicas": SHARDS * min(replica.values()),
+        f"{PARTITIONS} partitions, so as many replicas": PARTITIONS * min(replica.values()),
     }
     return replica, cluster
 

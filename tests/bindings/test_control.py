@@ -16,7 +16,7 @@ from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
 from adapter.bridge.entries import Entry, Secrets, encode_entry, messages_of
 from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, shard_of, to_subject_token
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import BusRefused, RecordTooNew, Refused, Temporary
 from adapter.ownership.tenure import Tenure
@@ -315,7 +315,7 @@ async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox(platform: Platfo
 def next_owner(before: Platform) -> Platform:
     """A replica that has heard of no binding yet."""
     bench = Bench(before.bench)
-    bench.bindings = Bindings(bench.bindings_bucket)
+    bench.bindings = Bindings(bench.bindings_bucket, bench.names)
     bench.bindings_bucket.followers.append(bench.bindings._apply_entry)
     return Platform(bench)
 
@@ -413,8 +413,8 @@ def inbox(platform: Platform, sandbox: str = "s1") -> list[str]:
 def orders(platform: Platform) -> int:
     """A command of s1 is stored and taken, and one of another sandbox; the last sequence of the stream."""
     bus, names = platform.bench.bus, platform.bench.names
-    bus.put(names.out_of_sandbox("s1"), b"{}", {})
-    last = bus.put(names.out_of_sandbox("s2"), b"{}", {})
+    bus.put(names.out("s1"), b"{}", {})
+    last = bus.put(names.out("s2"), b"{}", {})
     bus.kept = [kept for kept in bus.kept if kept.stored.seq != last or kept.stream != names.stream_out]
     return last
 
@@ -441,7 +441,7 @@ async def test_who_stays_gets_no_command_that_may_have_meant_who_leaves(platform
 async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_nothing(platform: Platform) -> None:
     await platform.bind()
     writes(platform)
-    platform.bench.leases.owned.discard(shard_of("s1"))
+    platform.bench.leases.owned.discard(platform.bench.names.partition_of("s1"))
     unbind = platform.publish("unbind", b'{"sandbox":"s1","id":"u1"}')
     behind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": "b2@im.bot", "bot_token": "t"}))
     await asyncio.sleep(30)
@@ -451,7 +451,7 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
     assert [(answer.id, answer.pending) for answer in answers if answer.id == "u1"] == [("u1", True)]
     assert (unbind.acks, behind.acks, inbox(platform)) == (0, 0, ["hello"])
     assert platform.binding().closing == unbind.seq
-    platform.bench.leases.owned.add(shard_of("s1"))
+    platform.bench.leases.owned.add(platform.bench.names.partition_of("s1"))
     platform.bench.replica.supervisor.close(BOT)
     await asyncio.sleep(1)
     assert (unbind.acks, behind.acks, inbox(platform)) == (1, 1, [])
@@ -477,7 +477,7 @@ async def test_an_unbind_goes_on_once_the_owner_can_confirm_it(problem: Exceptio
 
 async def test_a_new_owner_of_the_control_commands_carries_on_with_what_is_closing(platform: Platform) -> None:
     await platform.bind()
-    platform.bench.leases.owned.discard(shard_of("s1"))
+    platform.bench.leases.owned.discard(platform.bench.names.partition_of("s1"))
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
     platform.task.cancel()

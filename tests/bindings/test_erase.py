@@ -79,7 +79,7 @@ async def test_only_commands_of_the_same_person_wait_for_an_erasure() -> None:
 async def test_a_bind_right_behind_an_erasure_gets_no_command_of_before() -> None:
     platform = Platform(erase=SlowEraser().run)
     await platform.bind()
-    command = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s1"), b'{"text":"for the first"}', {})
+    command = platform.bench.bus.put(platform.bench.names.out("s1"), b'{"text":"for the first"}', {})
     body = {"sandbox": "s1", "bot": "b9@im.bot", "bot_token": "t9", "user": "other@im.wechat"}
     platform.publish("erase", msgspec.json.encode({"user": USER}))
     bind = platform.publish("bind", msgspec.json.encode(body))

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.registry import Bindings
-from adapter.contract.names import to_subject_token
+from adapter.contract.names import Names, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.ports import Entry
@@ -27,7 +27,7 @@ async def following() -> tuple[Bindings, FakeBucket]:
     """Bindings that follow a bucket, with one in it."""
     bucket = FakeBucket()
     bucket.put(to_subject_token(BOT), msgspec.json.encode(BOUND))
-    bindings = Bindings(bucket, unbound_s=3600)
+    bindings = Bindings(bucket, Names(), unbound_s=3600)
     asyncio.get_running_loop().create_task(bindings.run())
     await settle()
     return bindings, bucket
@@ -111,7 +111,7 @@ async def test_a_bind_that_meets_a_newer_version_leaves_what_that_one_wrote() ->
 
 async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
     bucket = FakeBucket()
-    bindings = Bindings(bucket, same_token=lambda bot, one, other: True)
+    bindings = Bindings(bucket, Names(), same_token=lambda bot, one, other: True)
     changes: list[tuple[str, Binding | None, Binding | None]] = []
     bindings.add_listener(lambda bot, before, after: changes.append((bot, before, after)))
     await bindings.put(BOUND)

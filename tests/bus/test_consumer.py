@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import PER_TURN, Consumer, Delivery
 from adapter.ports import BusMessage
@@ -291,13 +290,13 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
 
 async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kill(rig: Rig) -> None:
     """What was delivered before comes again, in order, and is said to."""
-    name = topology.out_consumer(shard_of("s1"))
+    name = topology.partition_consumer(NAMES.partition_of("s1"))
     reader = Reader(rig, name=name)
     for text in (b"0", b"1", b"2"):
         await rig.publisher.store(BusMessage("out", NAMES.out("s1"), text, {}))
     await reader.have(3)
     await reader.got[0].ack()
-    while len(await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1")))) > 2:
+    while len(await rig.read(NAMES.stream_out, NAMES.out_of_sandbox("s1"))) > 2:
         await asyncio.sleep(0.01)
     rig.bus.kill()
     await rig.bus.start()

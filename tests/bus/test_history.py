@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.contract.names import shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import is_only_leader
 from adapter.jetstream.consumer import Consumer
@@ -69,9 +68,9 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     assert rig.connection.nc is not None
     for verb in (f"DIRECT.GET.{NAMES.stream_out}", f"CONSUMER.MSG.NEXT.{NAMES.stream_out}.*"):
         await rig.connection.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
-    assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
+    assert await rig.read(NAMES.stream_out, NAMES.out_of_sandbox("s1")) == large
 
-    name = topology.out_consumer(shard_of("s1"))
+    name = topology.partition_consumer(NAMES.partition_of("s1"))
     consumer = Consumer(rig.connection, *topology.consumer_config(NAMES, name))
     got: list[bytes] = []
     rig.spawn(consumer.run(lambda delivery: got.append(delivery.data)))

@@ -141,7 +141,7 @@ async def test_what_is_stored_is_data_whatever_it_looks_like(
     monkeypatch.setattr("adapter.jetstream.managed_connection.SUSPECT_AFTER_S", 0.0)
     subject = NAMES.out("s1")
     ack = await rig.publisher.store(BusMessage("out", subject, stored, {}))
-    kept = f"{NAMES.out_plain}.>"
+    kept = NAMES.out_of_sandbox("s1")
     for _ in range(5):
         found = [
             await rig.history.get(NAMES.stream_out, ack.seq),

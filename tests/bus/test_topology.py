@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import COMMAND_BYTES
-from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
+from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.errors import BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
@@ -172,8 +172,8 @@ async def test_the_layout_key_has_the_settings_of_the_adapter_that_started_last(
 @pytest.mark.parametrize(
     ("value", "advice"),
     [
-        (b'{"version":9,"settings":{}}', "layout 9, this program has 2: use a newer program"),
-        (b"?", "layout 0, this program has 2: run `wechat-nats doctor --fix`"),
+        (b'{"version":9,"settings":{}}', "layout 9, this program has 3: use a newer program"),
+        (b"?", "layout 0, this program has 3: run `wechat-nats doctor --fix`"),
     ],
 )
 async def test_streams_of_another_layout_are_reported_at_the_start_and_while_running(
@@ -202,22 +202,33 @@ async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
     assert "2.14" in caught.value.detail
 
 
-async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
+@pytest.mark.parametrize("partitions", [1, 7, 32])
+async def test_a_sandboxs_partition_is_the_servers(bus: Bus, partitions: int) -> None:
     """The transform's partition() and ours, for 300 names; and plain wechat.out stays as it is."""
+    bus.settings, mine = msgspec.structs.replace(bus.settings, partitions=partitions), Names(partitions=partitions)
     names = [f"sandbox-{number}" for number in range(290)]
     names += ["a", "_", "-", "0", "z" * 64, "a_b-c", "s1", "s2", "00000000", "x-y_z"]
-    await store_all(rig.publisher, [BusMessage("out", NAMES.out(name), name.encode(), {}) for name in names])
-    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"plain", {}))
-    nc = await rig.bus.client()
-    stored = {}
-    first = await rig.first(NAMES.stream_out)
-    for seq in range(first, first + len(names) + 1):
-        msg = await nc.jetstream().get_msg(NAMES.stream_out, seq)
-        stored[(msg.data or b"").decode()] = msg.subject
-    await nc.close()
-    assert stored.pop("plain") == NAMES.out_plain
-    assert stored == {name: f"wechat.out.{shard_of(name)}.{name}" for name in names}
-    assert len({shard_of(name) for name in names}) > SHARDS / 2
+    async with rig_on(bus) as rig:
+        await store_all(rig.publisher, [BusMessage("out", mine.out(name), name.encode(), {}) for name in names])
+        await rig.publisher.store(BusMessage("out", mine.out_plain, b"plain", {}))
+        stored = {one.data.decode(): one.subject async for one in rig.history.read(mine.stream_out, ">")}
+        of_first = await rig.read(mine.stream_out, mine.out_of_sandbox(names[0]))
+    assert stored.pop("plain") == mine.out_plain
+    assert stored == {name: f"wechat.part.{mine.partition_of(name)}.out.{name}" for name in names}
+    assert {mine.partition_of(name) for name in names} == set(range(partitions))
+    assert of_first == [names[0].encode()]
+
+
+async def test_a_program_with_another_number_of_partitions_does_not_start(bus: Bus) -> None:
+    """Nor does it change the layout key."""
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        settings = msgspec.structs.replace(bus.settings, partitions=1)
+        with pytest.raises(
+            SettingsError, match="WECHAT_OUT has 32 partitions, WECHAT_NATS_PARTITIONS is 1: set 32, or"
+        ):
+            await topology.ensure_topology(rig.connection, NAMES, settings)
+        assert await read_layout(rig.connection, NAMES) == Layout(LAYOUT, shape_of(bus.settings))
 
 
 async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: Bus) -> None:

@@ -82,7 +82,7 @@ def settings(server: EmbeddedNats) -> Settings:
 
 @pytest.fixture
 async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterator[BusConnection]:
-    """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
+    """A connection to a NATS with all streams, and no adapter. Its 34 consumers are there for modules that say
     `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
     async with connected_bus(settings) as found:
         connection = ManagedConnection(settings, "test")

@@ -22,8 +22,8 @@ from adapter.contract.messages import (
     Receipt,
     Unbind,
 )
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO, shard_of
-from adapter.jetstream.topology import out_consumer
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
+from adapter.jetstream.topology import partition_consumer
 
 PAGE = 2
 
@@ -73,8 +73,8 @@ class StandIn:
     async def _on_out(self, msg: Msg) -> None:
         command, names = msgspec.json.decode(msg.data, type=Outbound), self._bus.names
         if msg.subject == names.out(PROBE):
-            shard, pull = shard_of(PROBE), self._bus.nc.jetstream().pull_subscribe
-            consumer = await pull(names.out_shard(shard), out_consumer(shard), names.stream_out)
+            number, pull = names.partition_of(PROBE), self._bus.nc.jetstream().pull_subscribe
+            consumer = await pull(names.of_partition(number), partition_consumer(number), names.stream_out)
             (stored,) = await consumer.fetch(1)
             await stored.ack()
             return

@@ -150,7 +150,7 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
     assert "kind: Gr\u00fc\u00dfe \u4f60" in (await cli("dead", "show", "1")).out
     assert (await cli("dead", "retry", "1")).code == 0
-    stored = await bus.nc.jetstream().get_last_msg(OUT, "wechat.out.*.s1")
+    stored = await bus.nc.jetstream().get_last_msg(OUT, bus.names.out_of_sandbox("s1"))
     assert stored.hdrs is not None
     assert parse_headers(base64.b64decode(stored.hdrs))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 

@@ -200,7 +200,7 @@ async def test_settings_of_a_shell_do_not_count_beside_the_layout_key(
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
     assert states(await cli("doctor", "--json"))["streams"] == "ok"
     fixed = await cli("doctor", "--fix", "--allow-loss", "--json")
-    assert said(fixed, "layout") == ("ok", "version 2, settings of the layout key, not those here"
+    assert said(fixed, "layout") == ("ok", "version 3, settings of the layout key, not those here"
         f" (WECHAT_NATS_IN_MAX_BYTES is {SMALL})")  # fmt: skip
     assert (await config_of(bus), await messages_of(bus)) == (before, 100)
 
@@ -214,7 +214,7 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     assert layout is not None
     await claims.write(KEY, None, layout.revision)
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
-    assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 2, settings of this shell.")
+    assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 3, settings of this shell.")
     refused = await cli("doctor", "--fix", "--json")
     words = re.findall(
         rf"Not changed without --allow-loss: WECHAT_IN: max_bytes from [0-9]+ to {SMALL}, with ([0-9]+) messages",
@@ -227,8 +227,33 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     assert abs(100 - await messages_of(bus) - int(words[0])) <= 1
 
 
+async def test_the_number_of_partitions_changes_while_no_command_waits_and_no_adapter_runs(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell that does not say a number changes none."""
+    stream = bus.names.stream_out
+    advice = f"{stream} has 32 partitions, WECHAT_NATS_PARTITIONS is 8: set 32, or, once the stream is empty and"
+    monkeypatch.setenv("WECHAT_NATS_PARTITIONS", "8")
+    waiting = await bus.store(bus.names.out("s1"), b"{}", {})
+    assert advice in said(await cli("doctor", "--json"), stream)[1]
+    assert advice in (await cli("doctor", "--fix")).err
+    await bus.delete_stored(stream, waiting.seq)
+    async with answering(bus) as adapter:
+        assert advice in (await cli("doctor", "--fix")).err
+        adapter.capacities = ()  # none is left
+    assert "partition(32,2)" in str(await bus.api_request(f"STREAM.INFO.{stream}"))
+    assert f"changing {stream}: subject_transform" in (await cli("doctor", "--fix")).out
+    monkeypatch.delenv("WECHAT_NATS_PARTITIONS")
+    found = await cli("doctor", "--fix", "--json")
+    assert (said(found, "layout"), states(found)["streams"]) == (
+        ("ok", "version 3, settings of the layout key"),
+        "ok",
+    )
+    assert "partition(8,2)" in str(await bus.api_request(f"STREAM.INFO.{stream}"))
+
+
 async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: BusConnection) -> None:
-    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":3,"settings":{}}', {})
+    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":4,"settings":{}}', {})
     assert said(await cli("doctor", "--json"), "layout")[0] == "fail"
     refused = await cli("doctor", "--fix")
     assert (refused.code, "use a newer program" in refused.err) == (1, True)

@@ -14,9 +14,10 @@ import nats
 import pytest
 
 from adapter.cli.bus import URL_FILE, settings_here
+from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, find_server, server_config
 from adapter.cli.exits import Failed
-from adapter.cli.run import KEY_FILE, _with_token_key
+from adapter.cli.run import KEY_FILE, _with_token_key, embedded_settings
 from adapter.settings import Settings
 from tests.cli.process import COMMAND, alive, started, until
 
@@ -160,6 +161,12 @@ async def test_a_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
             await until(lambda: b"service_manager.unreachable" in (tmp_path / "log").read_bytes())
             process.terminate()
             assert await process.wait() == 0
+
+
+def test_an_adapter_with_a_server_of_its_own_has_one_partition() -> None:
+    """An idle laptop writes one lease."""
+    made = embedded_settings(Settings(), "nats://here"), demo_settings("nats://here", "http://there")
+    assert [settings.partitions for settings in made] == [1, 1]
 
 
 # the key beside it --------------------------------------------------------------------------------------

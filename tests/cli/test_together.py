@@ -81,6 +81,7 @@ async def test_an_inbox_of_an_old_backup_gives_its_reader_nothing_until_doctor_r
     cli: Command, bus: BusConnection, simulator: Simulator, tmp_path: Path
 ) -> None:
     settings, bot, names = demo_settings(bus.settings.nats_url[0], simulator.url), simulator.add_bot(), bus.names
+    settings = msgspec.structs.replace(settings, partitions=bus.settings.partitions)
     token = tmp_path / "token"
     token.write_text(bot.token)
 

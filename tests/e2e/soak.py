@@ -498,7 +498,7 @@ async def run(folder: Path, *, seed: int, minutes: float, bots: int) -> Result:
     async with contextlib.AsyncExitStack() as stack:
         sim = await stack.enter_async_context(simulator(folder, seed))
         server = await stack.enter_async_context(ProfiledNats(folder / "nats"))
-        stack.callback(server.kill)  # a clean stop takes 10 ms for each of the 130 consumers
+        stack.callback(server.kill)  # a clean stop takes 10 ms for each of the 34 consumers
         nc = await nats.connect(server.url, pending_size=1 << 24)
         stack.push_async_callback(nc.close)
         environ = environ_of(server.url, sim)

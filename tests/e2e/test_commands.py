@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
-from adapter.contract.names import shard_of
+from adapter.jetstream.topology import partition_consumer
 from adapter.simulator import FaultRule
 from tests.e2e.reading import inbox
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
@@ -128,7 +128,7 @@ async def test_a_command_that_an_operator_drops_delays_nobody(tmp_path: Path) ->
         js = nc.jetstream()
 
         async def settled() -> bool:
-            info = await js.consumer_info(NAMES.stream_out, f"out-{shard_of('s1'):03d}")
+            info = await js.consumer_info(NAMES.stream_out, partition_consumer(NAMES.partition_of("s1")))
             return not info.num_pending and not info.num_ack_pending
 
         async def queue(*idents: str) -> int:

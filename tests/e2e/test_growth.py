@@ -24,7 +24,7 @@ from nats.aio.client import Client
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
-from adapter.contract.names import SHARDS, Names, shard_of
+from adapter.contract.names import Names
 from adapter.replica.app import run_replica
 from adapter.replica.wiring import Replica
 from adapter.settings import Settings
@@ -85,7 +85,7 @@ class Visitors:
         self.rounds += 1
         # of one shard, so that what a shard keeps of each shows
         names = (f"s{self.rounds}-{number}" for number in itertools.count())
-        sandboxes = list(itertools.islice((name for name in names if shard_of(name) == 1), USERS))
+        sandboxes = list(itertools.islice((name for name in names if NAMES.partition_of(name) == 1), USERS))
         open_: set[str] = set()
 
         async def on_receipt(msg: Any) -> None:
@@ -177,7 +177,7 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
         )
         async with adapter_of(settings) as adapter:
             visitors = Visitors(adapter, sim, server.url)
-            await until(lambda: adapter.leases.owned == set(range(SHARDS)), "it owns every shard")
+            await until(lambda: adapter.leases.owned == set(range(NAMES.partitions)), "it owns every shard")
             await visitors.come_and_go()
             served = await calm(adapter)
             counts = []
@@ -191,4 +191,4 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
                 forget_the_last(adapter)
                 counts.append(census())
         assert growing(*counts, by=USERS) == []
-        server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
+        server.kill()  # a clean stop takes 10 ms for each of the 34 consumers

@@ -12,13 +12,14 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract.messages import FINAL_OUTCOMES
-from adapter.contract.names import H_LAST, H_UPLOAD, shard_of
+from adapter.contract.names import H_LAST, H_UPLOAD
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, until, world
 
 BAD = "bad"
-GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
+NEIGHBOURS = (f"good{number}" for number in range(10_000))
+GOOD = next(name for name in NEIGHBOURS if NAMES.partition_of(name) == NAMES.partition_of(BAD))
 """In the shard of the other one."""
 
 HEADERS: dict[str, bytes] = {
@@ -26,7 +27,7 @@ HEADERS: dict[str, bytes] = {
     "a-heartbeat": b"Status: 100\r\nNats-Last-Consumer: 99999",
     "an-end": b"Status: 404",
     "no-room": b"Status: 408\r\nNats-Pending-Messages: many",
-    "another-place": b"Nats-Sequence: 1\r\nNats-Subject: wechat.out.5.other\r\nNats-Stream: WECHAT_EVENT",
+    "another-place": b"Nats-Sequence: 1\r\nNats-Subject: wechat.part.5.out.other\r\nNats-Stream: WECHAT_EVENT",
     "a-deletion": b"KV-Operation: DEL\r\nNats-Marker-Reason: MaxAge",
     "no-token": b"(name): x\r\nna me: y\r\n: z\r\nk\xc3\xa9y: \xc3\xa9",
     "no-utf8": b"traceparent: \xff\xfe\xed\xa0\x80",

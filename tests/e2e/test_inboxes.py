@@ -15,7 +15,6 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract.messages import Unbind
-from adapter.contract.names import shard_of
 from adapter.simulator import BotRecord
 from tests.e2e.reading import Listener, inbox
 from tests.e2e.test_nats_failures import ask, faultless, loaded, operator, running
@@ -111,7 +110,7 @@ async def dead(nc: Client) -> int:
 async def test_a_bot_that_moves_between_shards_under_load_stores_each_message_once(tmp_path: Path, mode: str) -> None:
     """Each owner has released it before the next one polls, and what an inbox has is in no other."""
     homes = ["s1", "s2", "s3"]
-    assert len({shard_of(sandbox) for sandbox in homes}) == 3
+    assert len({NAMES.partition_of(sandbox) for sandbox in homes}) == 3
     async with world(tmp_path, cursor_mode=mode, hold_ms=300) as made:
         for _ in range(2):
             await made.add_adapter()

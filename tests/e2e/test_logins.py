@@ -67,9 +67,9 @@ async def events(nc: Client, sandbox: str = "s1") -> list[LoginEvent]:
 
 
 async def ready(made: World, *adapters: AdapterProcess) -> Client:
-    """A connection, once the adapters run and own all shards."""
+    """A connection, once the adapters run and own all partitions."""
     await until(lambda: all(b"adapter.started" in a.log.read_bytes() for a in adapters), "they run")
-    await until(lambda: sum(owned(a) for a in adapters) >= 128, "all shards are owned")
+    await until(lambda: sum(owned(a) for a in adapters) >= NAMES.partitions, "all partitions are owned")
     return await made.nc()
 
 

@@ -22,7 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import ImageItem, Login, LoginQuery
-from adapter.contract.names import shard_of
+from adapter.jetstream.topology import partition_consumer
 from tests import snapshots
 from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
@@ -137,7 +137,7 @@ async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None
     """The router's, the control commands' and every shard's, thrice, under load."""
     async with running(tmp_path) as (made, nc, adapter):
         loading = asyncio.create_task(loaded(made, nc, 10, pause_s=0.3))
-        names = [f"{NAMES.stream_out}.out-{shard_of(sandbox):03d}" for sandbox in made.bots]
+        names = [f"{NAMES.stream_out}.{partition_consumer(NAMES.partition_of(sandbox))}" for sandbox in made.bots]
         names += [f"{NAMES.stream_out}.router", f"{NAMES.stream_ctl}.control"]
         at_start = adapter.said("consumer.created")
         for times in range(1, 4):

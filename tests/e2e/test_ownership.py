@@ -14,7 +14,6 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim
 from adapter.ownership.leases import rank
 from tests.e2e.audit import Said, audit
@@ -253,7 +252,7 @@ async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> No
         async def shared() -> bool:
             found = {shard: owner for shard, (_, owner) in (await owners(nc)).items()}
             both = sorted(set(found.values()) - {""})
-            return len(both) == 2 and found == {str(shard): belongs(both, shard) for shard in range(SHARDS)}
+            return len(both) == 2 and found == {str(shard): belongs(both, shard) for shard in range(NAMES.partitions)}
 
         await eventually(shared, "each shard is where it belongs, so that none moves any more")
         shared_ms, bots = made.sim.now_ms, {one.bot for one in made.bots.values()}

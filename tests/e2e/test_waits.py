@@ -19,8 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, BindingEvent, Receipt
-from adapter.contract.names import shard_of
-from adapter.jetstream.topology import out_consumer
+from adapter.jetstream.topology import partition_consumer
 from adapter.simulator import BotRecord
 from tests.e2e.world import NAMES, SOON, World, eventually, inbox, stream, until, world
 
@@ -101,7 +100,7 @@ async def delivered(nc: Client, *sandboxes: str) -> None:
     """Returns when an adapter has every command of these sandboxes in hand."""
 
     async def is_nothing_pending() -> bool:
-        names = {out_consumer(shard_of(sandbox)) for sandbox in sandboxes}
+        names = {partition_consumer(NAMES.partition_of(sandbox)) for sandbox in sandboxes}
         infos = [await nc.jetstream().consumer_info(NAMES.stream_out, name) for name in names]
         return not any(info.num_pending for info in infos)
 

@@ -371,7 +371,7 @@ async def world(
             leaks = await made.leaks()
         finally:
             await made.close()
-            server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
+            server.kill()  # a clean stop takes 10 ms for each of the 34 consumers
         leaks += canary.leaks_on_disk(folder / "nats", made.texts())
         assert not leaks, "\n".join(leaks)
 

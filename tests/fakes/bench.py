@@ -24,7 +24,7 @@ from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSession, Successes
 from adapter.bridge.window import InboundReceived, WindowPolicy
-from adapter.contract.names import Names, person_token, shard_of
+from adapter.contract.names import Names, person_token, stream_of
 from adapter.contract.records import Binding, PersonKey
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
@@ -154,7 +154,7 @@ class Bench:
         self.bindings_bucket.followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
         self.shards: dict[int, Partition] = {}
-        """By shard: those that work here."""
+        """By number: those that work here."""
         self.limits = limits
         self.slots = FairSlots(8, share=8)
         """For requests."""
@@ -280,20 +280,20 @@ class Bench:
         redelivered: bool = False,
         **body: Any,
     ) -> FakeDelivery:
-        """A command as the consumer of its shard delivers it; the next in the stream."""
+        """A command as the consumer of its partition delivers it; the next in the stream."""
         if text is not None:
             body["text"] = text
-        subject = f"{self.names.prefix}.out.{shard_of(sandbox)}.{sandbox}"
+        subject = self.bus.stored_subject(self.names.out(sandbox))
         payload = msgspec.json.encode(body) if data is None else data
         seq, now_ms = next(self.numbers), self.clock.now_ms()
-        stream = self.bus.stream_of(subject)
+        stream = stream_of(subject)
         self.bus.kept.append(Kept(stream, StoredMessage(subject, seq, headers or {}, payload, now_ms), now_ms))
         delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, redelivered=redelivered)
         self.deliveries.append(delivery)
         return delivery
 
     def deliver(self, delivery: FakeDelivery) -> None:
-        """What the consumer of one of this replica's shards does with a command."""
+        """What the consumer of one of this replica's partitions does with a command."""
         self.shards[int(delivery.subject.split(".")[2])].on_delivery(delivery)
 
     def redeliver(self, shard: Partition) -> None:
@@ -331,12 +331,13 @@ class Bench:
 
     def shard(self, sandbox: str = "s1", **changes: Any) -> Partition:
         """The partition of a sandbox, told of changed bindings as the supervisor tells it."""
-        number = shard_of(sandbox)
+        number = self.names.partition_of(sandbox)
         shard = self.shards[number] = Partition(number, self.parts(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             here = [
-                each if each is not None and shard_of(each.sandbox) == number else None for each in (before, after)
+                each if each is not None and self.names.partition_of(each.sandbox) == number else None
+                for each in (before, after)
             ]
             if any(here):
                 shard.on_binding(*here)
@@ -345,7 +346,7 @@ class Bench:
         return shard
 
     async def open_shard(self, sandbox: str) -> Partition | None:
-        number = shard_of(sandbox)
+        number = self.names.partition_of(sandbox)
         if number not in self.shards and self.leases.is_valid and number in self.leases.owned:
             self.shard(sandbox)
         return self.shards.get(number)

@@ -10,7 +10,7 @@ import msgspec
 
 from adapter.bridge.entries import messages_of
 from adapter.contract.messages import BindingEvent, Inbound, Receipt
-from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
+from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names, stream_of
 from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
 from adapter.ports import BusMessage, Entry, Heads, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
@@ -62,7 +62,7 @@ class FakeBus:
             await self.on_publish(message)
         if message.ensure_owner is not None:
             message.ensure_owner()
-        stream = self.stream_of(message.subject)
+        stream = stream_of(message.subject)
         if problem := (self.refuse(message) or self._too_large(message)):
             raise problem
         if (repeated := self._repeat(message)) is not None:
@@ -79,17 +79,17 @@ class FakeBus:
         return BusRefused(10097, "header size exceeds maximum allowed of 64k") if headers > HEADER_BYTES else None
 
     def _full(self, message: BusMessage) -> BusRefused | None:
-        stream = self.stream_of(message.subject)
+        stream = stream_of(message.subject)
         most = self.most_of_subject.get(stream)
         if most is None or most > sum(
-            kept.stored.subject == message.subject for kept in self.kept if kept.stream == stream
+            kept.stored.subject == self.stored_subject(message.subject) for kept in self.kept if kept.stream == stream
         ):
             return None
         return BusRefused(STORE_FAILED, "maximum messages per subject exceeded")
 
     def _repeat(self, message: BusMessage) -> PubAck | None:
         """A cluster looks at the id first, then at what is expected; one server the other way round."""
-        stream = self.stream_of(message.subject)
+        stream = stream_of(message.subject)
         known = self._ids.get((stream, message.headers.get(H_MSG_ID, "")))
         return PubAck(stream=stream, seq=known, duplicate=True) if known else None
 
@@ -100,9 +100,16 @@ class FakeBus:
         last = next((kept.stored.seq for kept in of_subject if kept.stored.subject == message.subject), 0)
         return None if int(expected) == last else Conflict(10071, "wrong last sequence")
 
+    def stored_subject(self, subject: str) -> str:
+        """Where the server's transform stores what is published to a subject."""
+        sandbox = subject.removeprefix(self._names.out(""))
+        if sandbox == subject:
+            return subject
+        return self._names.out_of_sandbox(sandbox).replace("*", str(self._names.partition_of(sandbox)))
+
     def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
         """Stores a message as the server would; its sequence."""
-        stream = self.stream_of(subject)
+        subject, stream = self.stored_subject(subject), stream_of(subject)
         seq = self._seqs[stream] = self._seqs.get(stream, 0) + 1
         if ident := headers.get(H_MSG_ID, ""):
             self._ids[stream, ident] = seq
@@ -111,12 +118,6 @@ class FakeBus:
         self._subjects.add(subject)
         self.writes.append(label)
         return seq
-
-    def stream_of(self, subject: str) -> str:
-        if subject.startswith("$KV."):
-            return f"KV_{subject.split('.')[1]}"
-        kind = subject.removeprefix(f"{self._names.prefix}.").partition(".")[0]
-        return f"{self._names.prefix.upper()}_{'IN' if kind == 'inbox' else kind.upper()}"
 
     # History
 

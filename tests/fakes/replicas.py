@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from adapter.contract.names import SHARDS
+from adapter.contract.names import Names
 from adapter.errors import LeaseLost
 from adapter.kit.timing import ChangeSignal
 from adapter.ownership.leases import Leases
@@ -14,7 +14,7 @@ from adapter.ownership.leases import Leases
 class FakeLeases(Leases):
     """A replica that owns what it is told to own."""
 
-    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(SHARDS)) -> None:
+    def __init__(self, incarnation: str = "me-1", owned: Iterable[int] = range(Names().partitions)) -> None:
         self.owned = set(owned)
         self.changed = ChangeSignal()
         self.incarnation = incarnation

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_end, encode_entry, messages_of, read_entry
 from adapter.contract import messages as contract
 from adapter.contract.messages import ImageItem, Options, UnsupportedItem
-from adapter.contract.names import H_BODY, H_EXPECTED, H_MSG_ID, H_POSITION, H_USER, person_token, shard_of
+from adapter.contract.names import H_BODY, H_EXPECTED, H_MSG_ID, H_POSITION, H_USER, person_token
 from adapter.errors import BusRefused, Conflict, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.kit.timing import PerTickLimiter
@@ -266,7 +266,7 @@ async def test_a_repeat_renews_the_token_and_opens_no_new_window(poller: Poller)
     await asyncio.sleep(600)
     person = await bench.person()
     opened = person.state.window
-    shard = bench.shards[shard_of("s1")]
+    shard = bench.shards[bench.names.partition_of("s1")]
     for number in range(3):
         shard.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
     await asyncio.sleep(30)
@@ -312,7 +312,7 @@ async def test_messages_of_anybody_but_the_bots_user_are_dead_letters_and_open_n
     assert dead(bench) == [("stranger", one) for one in strange]
     assert [letter.headers[H_USER] for letter in bench.bus.found("DEAD")] == ["u2@im.wechat", "u3@im.wechat"]
     assert [binding.user for binding in bench.bindings] == [USER]
-    assert [one.user for one in bench.shards[shard_of("s1")]] == [USER]
+    assert [one.user for one in bench.shards[bench.names.partition_of("s1")]] == [USER]
     assert {stored.subject for stored in bench.bus.found("IN")} == {f"wechat.inbox.s1.{person_token('s1', BOT)}"}
 
 
@@ -326,7 +326,7 @@ async def test_whoever_answers_as_ilink_takes_no_bot_out_and_nobody_over() -> No
     assert bench.bindings.get("b0@im.bot") == theirs
     assert {stored.subject for stored in bench.bus.found("IN")} == {f"wechat.inbox.s1.{person_token('s1', BOT)}"}
     bench.hears(bot="b0@im.bot")
-    bench.shards[shard_of("s1")].on_delivery(bench.command("answer", user=USER))
+    bench.shards[bench.names.partition_of("s1")].on_delivery(bench.command("answer", user=USER))
     await asyncio.sleep(5)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b0@im.bot", "answer")]
 
@@ -828,7 +828,7 @@ async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: P
         nonlocal session
         session = poller(successor)
         await asyncio.sleep(5)
-        successor.shards[shard_of("s1")].on_delivery(successor.command("answer", id="c1"))
+        successor.shards[bench.names.partition_of("s1")].on_delivery(successor.command("answer", id="c1"))
         await asyncio.sleep(5)
 
     await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)

@@ -376,7 +376,7 @@ def test_an_alert_says_in_words_what_is_wrong_where(tmp_path: Path) -> None:
                     (
                         "BotsUnowned",
                         "Bots are polled by nobody.",
-                        "3 bindings of wechat/wechat-nats have no poller: beyond capacity, or of shards without"
+                        "3 bindings of wechat/wechat-nats have no poller: beyond capacity, or of partitions without"
                         " an owner.",
                     ),
                     (

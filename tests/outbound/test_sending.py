@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import pytest
 
-from adapter.contract.names import shard_of
 from adapter.errors import Temporary
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench
@@ -76,12 +75,12 @@ async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: in
     for number in range(users):
         await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         bench.hears(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
-    names = {shard_of(f"s{number}"): f"s{number}" for number in range(users)}
+    names = {bench.names.partition_of(f"s{number}"): f"s{number}" for number in range(users)}
     shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
     bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
     for number in range(users):
         for text in ("one", "two"):
-            shards[shard_of(f"s{number}")].on_delivery(
+            shards[bench.names.partition_of(f"s{number}")].on_delivery(
                 bench.command(text, sandbox=f"s{number}", id=f"{text}-{number}")
             )
     await asyncio.sleep(60)

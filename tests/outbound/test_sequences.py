@@ -204,7 +204,8 @@ async def copy_of(bench: Bench, original: FakeDelivery) -> FakeDelivery:
     """The router's copy, as the shard's consumer delivers it. The stream has forgotten the copy before it."""
     bench.bus.forget_ids()
     await route(router(bench), original)
-    copies = [kept for kept in bench.bus.kept if kept.stored.subject == "wechat.out.s1"]
+    subject = bench.bus.stored_subject("wechat.out.s1")
+    copies = [kept for kept in bench.bus.kept if kept.stored.subject == subject]
     bench.bus.kept.remove(copies[-1])
     return bench.command(data=copies[-1].stored.data, headers=copies[-1].stored.headers)
 

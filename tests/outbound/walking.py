@@ -23,7 +23,7 @@ import structlog
 
 from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
-from adapter.contract.names import H_MSG_ID, H_SEALED, Names, shard_of
+from adapter.contract.names import H_MSG_ID, H_SEALED, Names, stream_of
 from adapter.errors import Temporary, Uncertain
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
@@ -32,7 +32,6 @@ from tests.outbound.shards import BOT, USER, free_slots
 from tests.outbound.test_router import router
 
 SANDBOX = "s1"
-SHARD = shard_of(SANDBOX)
 TAKEN_OVER_S = 4.0
 """From the death of an owner until the next one has its shards."""
 RESET_S = 5.0
@@ -123,17 +122,15 @@ class Phone(FakeChat):
 
 
 class Bus(FakeBus):
-    """The streams, with the transform of the server: what goes to a sandbox goes to its shard."""
+    """The streams. Owners are told of each command."""
 
     def __init__(self, names: Names, clock: FakeClock, on_command: Callable[[], None]) -> None:
         super().__init__(names, clock)
         self._on_command = on_command
 
     def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
-        if subject == f"wechat.out.{SANDBOX}":
-            subject = f"wechat.out.{SHARD}.{SANDBOX}"
         seq = super().put(subject, payload, headers, label)
-        if subject.startswith("wechat.out"):
+        if stream_of(subject) == self._names.stream_out:
             asyncio.get_running_loop().call_soon(self._on_command)
         return seq
 
@@ -343,7 +340,7 @@ def command(name: str, *, to: str = USER, parts: int = 1, **fields: Any) -> Step
         text = "\n\n".join(f"@{name}.{part}" + " x" * 700 * (parts > 1) for part in range(parts))
         body = {"id": name, **fields} if {"items", "typing"} & set(fields) else {"id": name, "text": text, **fields}
         count = 0 if "typing" in fields else 2 if "items" in fields else parts
-        walk.store(name, f"wechat.out.{SHARD}.{SANDBOX}", body, user=to, parts=count)
+        walk.store(name, f"wechat.out.{SANDBOX}", body, user=to, parts=count)
 
     return step
 

@@ -11,6 +11,8 @@ from adapter.ownership.leases import Leases
 from adapter.ports import Entry
 from tests.fakes import FakeClock, Life
 
+SHARDS = 32
+
 LEASE_S = 4.0
 
 
@@ -127,7 +129,9 @@ class Replica:
         self.members, self.claims = Line(cluster.members, self.life), Line(cluster.claims, self.life)
         self.clock = OwnClock(self.life, rate, ahead_s)
         self.metrics = Metrics()
-        self.leases = Leases(self.members, self.claims, self.clock, self.metrics, instance=name, lease_s=LEASE_S)
+        self.leases = Leases(
+            self.members, self.claims, self.clock, self.metrics, instance=name, lease_s=LEASE_S, partitions=SHARDS
+        )
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:

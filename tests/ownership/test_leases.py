@@ -11,13 +11,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost
 from adapter.kit.timing import SystemClock
 from adapter.ownership.leases import HOLDER_FRACTION
 from adapter.ports import Entry
 from tests.newer import made_newer
-from tests.ownership.cluster import LEASE_S, Cluster, Store
+from tests.ownership.cluster import LEASE_S, SHARDS, Cluster, Store
 
 VIRTUAL_TIME = True
 

@@ -12,10 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim
 from tests.fakes import VirtualLoop
-from tests.ownership.cluster import LEASE_S, Cluster, Replica
+from tests.ownership.cluster import LEASE_S, SHARDS, Cluster, Replica
 
 MOST = 5
 """Replicas that live at the same time."""

@@ -128,7 +128,7 @@ async def test_nothing_goes_while_a_replica_polls_the_bot() -> None:
 async def test_a_sandbox_that_goes_on_naming_the_person_keeps_no_erasure_incomplete(writes: str) -> None:
     place = Place()
     names, about = place.bench.names, msgspec.json.encode({"user": USER, "sandbox": "s1", "command": "late"})
-    subject = names.out_of_sandbox("s1") if writes == "command" else names.receipt("s1", "late")
+    subject = names.out("s1") if writes == "command" else names.receipt("s1", "late")
     place.bench.bus.put(subject, about, {})
 
     async def go_on() -> None:
