@@ -73,6 +73,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "a command that is none": unreadable,
     "what a decoder says": lambda text: commands._describe_error(ValueError(text)),
     "whom a command names": commands.PEER.fullmatch,
+    "which command one names": lambda text: commands.identity_of({names.H_ORIGINAL: text}, 9, 9),
     "secrets in a log": logs.hide_secrets,
     "a line of a log": lambda text: logs.redact_text(text, 10**9),
     "a field of a log": lambda text: logs.redact(None, "", {text: "1"}),
@@ -117,7 +118,7 @@ TRIED = {
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
     "contract/names.py": 6,
-    "bridge/commands.py": 2,
+    "bridge/commands.py": 3,
     "bridge/texts.py": 3,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -24,10 +23,9 @@ from adapter.contract.messages import (
     OutVideo,
     OutVoice,
 )
-from adapter.contract.names import H_COMMAND, H_SEALED, check_sandbox, digest, forwardable_headers, is_sandbox
+from adapter.contract.names import H_COMMAND, H_ORIGINAL, check_sandbox, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
-from adapter.security.seal import Sealer, copy_context
 
 PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""
@@ -102,8 +100,9 @@ class Command(msgspec.Struct, frozen=True):
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
-    """The idempotency key: the body's id, else the one from the router, else Nats-Msg-Id, else the sequence."""
-    return body_id or _bounded_id(routed_id or msg_id) or str(seq)
+    """The idempotency key: the body's id, else that of the original (`identity_of`), else Nats-Msg-Id, else the
+    sequence."""
+    return body_id or routed_id or _bounded_id(msg_id) or str(seq)
 
 
 def _bounded_id(ident: str) -> str:
@@ -272,31 +271,20 @@ def _describe_error(exc: Exception) -> str:
 
 
 # copies -----------------------------------------------------------------------------------------------
-#
-# Commands that the router stores a second time. A copy keeps the identity of its original in the header
-# Wechat-Sealed, which only the adapter can write. The header counts for that body in that sandbox.
 
-_decoder = msgspec.json.Decoder(CommandRef)
-_encoder = msgspec.json.Encoder()
+_ORIGINAL = re.compile(r"([1-9][0-9]{0,18})\.([0-9]{1,16})")
 
 
-def copy_headers(
-    original: CommandRef, headers: Mapping[str, str], data: bytes, sandbox: str, sealer: Sealer
-) -> dict[str, str]:
-    """The headers of a copy that goes to `sandbox`, without its Nats-Msg-Id. `headers`, `data`: of the original."""
-    identity = sealer.seal(copy_context(sandbox, digest(data)), _encoder.encode(original).decode())
-    return forwardable_headers(headers) | {H_COMMAND: original.id, H_SEALED: identity}
+def identity_of(headers: Mapping[str, str], sequence: int, time_ms: int) -> CommandRef:
+    """The identity of the original for a copy by the router, else that of the message itself, whose `id` is "".
 
-
-def identity_of(
-    headers: Mapping[str, str], data: bytes, sandbox: str, sequence: int, time_ms: int, sealer: Sealer
-) -> CommandRef:
-    """The identity of the original for a copy, else that of the message itself, whose `id` is "".
-
-    `sequence`, `time_ms`: at which the message is stored; a copy is a message whose identity has another sequence.
+    `sequence`, `time_ms`: of the message; a copy has an identity with another sequence. Any author may write the
+    header: one that names nothing earlier is ignored, and another one makes the command older, which is meant for no
+    more persons, and expires no later.
     """
-    if sealed := headers.get(H_SEALED):
-        # a sandbox may write any header: what does not open says nothing
-        with contextlib.suppress(Refused, *UNDECODABLE):
-            return _decoder.decode(sealer.open(copy_context(sandbox, digest(data)), sealed))
-    return CommandRef(sequence=sequence, stored_ms=time_ms, id="")
+    found = _ORIGINAL.fullmatch(headers.get(H_ORIGINAL, ""))
+    # a copy may be stored in the millisecond of its original
+    if found is None or int(found[1]) >= sequence or int(found[2]) > time_ms:
+        return CommandRef(sequence=sequence, stored_ms=time_ms, id="")
+    ident = _bounded_id(headers.get(H_COMMAND, "")) or found[1]
+    return CommandRef(sequence=int(found[1]), stored_ms=int(found[2]), id=ident)

@@ -41,16 +41,23 @@ class InFlight:
 
     def __init__(self, parts: Parts, tenure: Tenure) -> None:
         self.commands: dict[int, QueuedCommand] = {}
-        """By the sequences of their identities."""
+        """By their own sequences."""
+        self._by_identity: dict[tuple[str, CommandRef], QueuedCommand] = {}
         self._parts = parts
         self._tenure = tenure
         self._missing = (-math.inf, -math.inf)
         """Span of monotonic time in which commands were missing on the bus, so that only the first of many missing
         ones takes long."""
 
-    def has(self, ref: CommandRef) -> bool:
-        """Whether a command was delivered, and has no final receipt."""
-        return ref.sequence in self.commands
+    def add(self, command: QueuedCommand) -> bool:
+        """Takes a command that was delivered, once its id is known. False: it is another copy of one that is here."""
+        key = command.sandbox, command.ref
+        if key in self._by_identity:
+            return self._by_identity[key] is command
+        self._by_identity[key] = self.commands[command.sequence] = command
+        if not command.delivery.redelivered:
+            self._parts.metrics.outbound_received.inc()
+        return True
 
     # receipts ---------------------------------------------------------------------------------------
 
@@ -103,7 +110,7 @@ class InFlight:
         stored = await self._persist(lambda: self._parts.receipts.find(sandbox, refs), "receipts", commands[0])
         found = {}
         for command in commands:
-            if (last := stored.get(command.ref.sequence)) is None:
+            if (last := stored.get(command.ref)) is None:
                 continue
             if is_final(last.receipt):
                 found[command.sequence] = result_of(last.receipt)
@@ -129,7 +136,8 @@ class InFlight:
     async def acknowledge(self, command: QueuedCommand) -> None:
         """Removes an ended command from the bus."""
         self.release_body(command)
-        if self.commands.pop(command.ref.sequence, None) is not None:
+        if self.commands.pop(command.sequence, None) is not None:
+            del self._by_identity[command.sandbox, command.ref]
             await command.delivery.ack()
 
     # bodies -----------------------------------------------------------------------------------------

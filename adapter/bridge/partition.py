@@ -137,7 +137,7 @@ class Partition:
         """Ends what a former owner was sending and the consumer has not brought yet: nothing is left that tells of it
         once the record is gone. One that has its final receipt keeps that."""
         head, parts, sandbox = person.state.head, self.parts, person.key.sandbox
-        if head is None or not head.is_partially_sent or any(map(self.commands.has, head.commands)):
+        if head is None or not head.is_partially_sent:
             return
         result = sending.unfinished_result(CommandResult("refused", "not_bound", sending.UNSERVED), head)
         address = Address(sandbox, head.bot, person.user)
@@ -151,31 +151,30 @@ class Partition:
         """Takes a delivery or redelivery."""
         if self.is_draining:
             return
-        commands, sandbox = self.commands.commands, delivery.subject.rpartition(".")[2]
-        ref = identity_of(delivery.headers, delivery.data, sandbox, delivery.seq, delivery.time_ms, self.parts.sealer)
-        known = commands.get(ref.sequence)
-        if known is not None and known.sequence == delivery.seq:
+        if (known := self.commands.commands.get(delivery.seq)) is not None:
             known.delivery = _without_data(delivery)
-        elif known is not None:  # another copy by the router, and the first is in hand
-            self._tasks.spawn(delivery.ack())
-        else:
-            if not delivery.redelivered:
-                self.parts.metrics.outbound_received.inc()
-            command = commands[ref.sequence] = sending.unread(delivery, ref, sandbox)
-            try:
-                refusal = self._read(command, delivery)
-                if refusal is None:
-                    self._place(command)
-                else:
-                    self._tasks.spawn(self._end(command, refusal))
-            except Exception as exc:  # the one place where the code may raise for a command that has no person
-                log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
-                crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
-                if not command.ref.id:
-                    command.ref = msgspec.structs.replace(ref, id=str(delivery.seq))
-                self._tasks.spawn(self._place_after_look(command, crashed))
-            finally:
-                _without_data(delivery)
+            return
+        ref = identity_of(delivery.headers, delivery.seq, delivery.time_ms)
+        command = sending.unread(delivery, ref, delivery.subject.rpartition(".")[2])
+        try:
+            refusal = self._read(command, delivery)
+            if not self.commands.add(command):  # another copy by the router, and the first is in hand
+                self.commands.release_body(command)
+                self._tasks.spawn(delivery.ack())
+                return
+            if refusal is None:
+                self._place(command)
+            else:
+                self._tasks.spawn(self._end(command, refusal))
+        except Exception as exc:  # the one place where the code may raise for a command that has no person
+            log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
+            crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+            if not command.ref.id:
+                command.ref = msgspec.structs.replace(ref, id=str(delivery.seq))
+            if self.commands.add(command):
+                self._place_unserved(command, crashed)
+        finally:
+            _without_data(delivery)
 
     def _read(self, command: QueuedCommand, delivery: Delivery) -> CommandResult | None:
         """Reads the body. Returns how the command ends if it is none."""
@@ -210,9 +209,17 @@ class Partition:
         try:
             binding = self._binding_for(command)
         except Refused as exc:
-            self._tasks.spawn(self._place_after_look(command, sending.unreadable_result(exc)))
+            self._place_unserved(command, sending.unreadable_result(exc))
         else:
             self.person(binding).sender.enqueue(command)
+
+    def _place_unserved(self, command: QueuedCommand, refusal: CommandResult) -> None:
+        """Places a command that nobody serves with whom a former owner was sending it to: at once, since that one's
+        queue waits for no command. Else its receipt is looked up."""
+        if (person := self._who_has_begun(command)) is not None:
+            person.sender.enqueue(command)
+        else:
+            self._tasks.spawn(self._place_after_look(command, refusal))
 
     def _binding_for(self, command: QueuedCommand) -> Binding:
         """The binding of the person for whom a command is meant. Raises Refused."""
@@ -235,8 +242,8 @@ class Partition:
         return bound[0]
 
     async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult) -> None:
-        """Places a command that nobody serves with whom a former owner was sending it to, or has parked it for. Else
-        it ends with `refusal`."""
+        """Places a command that nobody serves with whom a former owner has parked it for. Else it ends with
+        `refusal`."""
         sandbox, person = command.sandbox, None
         try:
             if not command.is_checked:
@@ -260,7 +267,7 @@ class Partition:
         """The person to whom a former owner was sending a command, or for whom it has parked it."""
         persons = [*self._persons.get(command.sandbox, {}).values()]
         for person in persons:
-            if (head := person.state.head) is not None and head.has_command(command.ref.sequence):
+            if (head := person.state.head) is not None and head.has_command(command.ref):
                 return person
         if command.user or command.bot or not command.parked_for:
             return None

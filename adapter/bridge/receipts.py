@@ -177,15 +177,15 @@ class Receipts:
         except (Temporary, BusRefused) as exc:
             log.warning("receipts.not_purged", sandbox=sandbox, reason=exc.reason)
 
-    async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
-        """The newest receipts of these commands, by the commands' sequences. Raises Temporary."""
+    async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[CommandRef, StoredReceipt]:
+        """The newest receipts of these commands. Raises Temporary."""
         refs = list(refs)
-        found: dict[int, StoredReceipt] = {}
+        found: dict[CommandRef, StoredReceipt] = {}
         lasts = await asyncio.gather(*(self._lasts.get(self._subject(sandbox, ref)) for ref in refs))
         for ref, last in zip(refs, lasts, strict=True):
             receipt = _read(last)
             if last is not None and receipt is not None and _is_of(receipt, ref):
-                found[ref.sequence] = StoredReceipt(last.seq, receipt)
+                found[ref] = StoredReceipt(last.seq, receipt)
         return found
 
     async def _read_lasts(self, subjects: Sequence[str]) -> Mapping[str, StoredMessage]:

@@ -81,9 +81,9 @@ class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         """Part of the message may be on the phone."""
         return bool(self.part or self.unanswered_attempts)
 
-    def has_command(self, sequence: int) -> bool:
+    def has_command(self, ref: CommandRef) -> bool:
         """Whether a command is in the message."""
-        return sequence in [command.sequence for command in self.commands]
+        return ref in self.commands
 
 
 class SentText(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -66,8 +66,6 @@ UNREADABLE_S = 5.0
 """Pause before what cannot be read here is read again: a newer version wrote it, or no known key opens it."""
 SESSION_PAUSE_S = 1.0
 """Pause before a request is tried again to which iLink answered -14 although the session is alive."""
-LOST_HEAD_S = 1.0
-"""Interval at which a queue looks again whose head is somebody else's."""
 LOOK_EVERY_S = 30.0
 """Shortest time between two looks at the newest entry before something is parked."""
 SHORTEST_WAIT_S = 0.01
@@ -301,8 +299,8 @@ class Sender:
         elif person.bot is None:
             result = CommandResult("refused", "not_bound", sending.UNSERVED)
             await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
-        elif progress is not None and not progress.has_command(head.ref.sequence):
-            await self._find_head(progress, seen)
+        elif progress is not None and not progress.has_command(head.ref):
+            self._find_head(progress)
         elif ended := self._end_of(head, person.bot):
             await self._end([(command, ended) for command in sending.in_progress(queue, person.state) or [head]])
         elif progress is None and sending.earlier(head, person.state) is not None:
@@ -325,12 +323,10 @@ class Sender:
         else:
             await self._send(person.bot)
 
-    async def _find_head(self, progress: SendProgress, seen: int) -> None:
-        """Puts the commands of the message in progress first, waits for them, or finds that they are over."""
-        if any(progress.has_command(command.ref.sequence) for command in self.queue):
-            self.queue.sort(key=lambda each: (not progress.has_command(each.ref.sequence), each.sequence))
-        elif any(map(self._commands.has, progress.commands)):  # they are looked up before they come here
-            await self._wait(LOST_HEAD_S, seen)
+    def _find_head(self, progress: SendProgress) -> None:
+        """Puts the commands of the message in progress first, or finds that they are over."""
+        if any(progress.has_command(command.ref) for command in self.queue):
+            self.queue.sort(key=lambda each: (not progress.has_command(each.ref), each.sequence))
         else:  # the previous owner ended them, and did not store that
             self._person.state = sending.without_lost_head(self._person.state)
             self._head = _Head()

@@ -172,7 +172,7 @@ def blocker(command: QueuedCommand, record: PersonState, bot: ServingBot, policy
     if command.typing:
         return ""
     progress, needed = record.head, command.part_count
-    if progress is not None and progress.is_partially_sent and progress.has_command(command.ref.sequence):
+    if progress is not None and progress.is_partially_sent and progress.has_command(command.ref):
         is_counted = progress.unanswered_attempts and progress.counted_in_window == record.window.id
         needed = 0 if is_counted else 1
     return window.send_blocker(record, now_ms, policy.window, needed=needed)
@@ -201,9 +201,9 @@ def is_repeatable(progress: SendProgress, bot: str) -> bool:
 def in_progress(queue: Sequence[QueuedCommand], record: PersonState) -> list[QueuedCommand]:
     """The commands of the message in progress that are in the queue; empty if the first one is not of it."""
     progress = record.head
-    if progress is None or not queue or not progress.has_command(queue[0].ref.sequence):
+    if progress is None or not queue or not progress.has_command(queue[0].ref):
         return []
-    return [command for command in queue[:MERGED_AT_ONCE] if progress.has_command(command.ref.sequence)]
+    return [command for command in queue[:MERGED_AT_ONCE] if progress.has_command(command.ref)]
 
 
 def next_message(
@@ -340,7 +340,7 @@ def final_result(result: CommandResult, record: PersonState, command: QueuedComm
     accepted although the receipt was not published in time.
     """
     progress = record.head
-    if result.is_sent or progress is None or not progress.has_command(command.ref.sequence):
+    if result.is_sent or progress is None or not progress.has_command(command.ref):
         return result
     if progress.part and progress.part >= command.part_count:
         return accepted_result(progress)
@@ -374,7 +374,7 @@ def with_ended(record: PersonState, ref: CommandRef, *, is_refused: bool) -> Per
     """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
     head, recent = record.head, record.recent
     if head is not None:
-        rest = [each for each in head.commands if each.sequence != ref.sequence]
+        rest = [each for each in head.commands if each != ref]
         head = msgspec.structs.replace(head, commands=rest) if rest else None
     if ref.is_named and not is_refused:
         recent = [*(each for each in recent if each.id != ref.id), ref][-RECENT_COMMANDS:]

@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
-from adapter.bridge.commands import Limits, command_id, salvage_ids
+from adapter.bridge.commands import Limits, command_id, identity_of, salvage_ids
 from adapter.bridge.entries import messages_of
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
@@ -166,8 +166,8 @@ def _steps_of(names: Names, stored: StoredMessage, ident: str, *, texts: bool) -
 
 def _command_id(stored: StoredMessage) -> str:
     body = salvage_ids(stored.data, Limits(park_ms=0, part_chars=0, part_bytes=0, command_bytes=len(stored.data)))
-    routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
-    return command_id(body.id, routed, msg_id, stored.seq)
+    original = identity_of(stored.headers, stored.seq, stored.time_ms)
+    return command_id(body.id, original.id, stored.headers.get(H_MSG_ID, ""), stored.seq)
 
 
 def _body(stored: StoredMessage) -> _Body:

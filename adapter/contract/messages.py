@@ -272,7 +272,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login,"
-            " too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted."
+            " too_long, expired, rejected, unreadable, too_large, crashed, media; empty when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

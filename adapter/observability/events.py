@@ -91,15 +91,15 @@ class Events:
         then it becomes a dead letter (0). `ensure_owner`: as in BusMessage. Raises Conflict; Temporary if nothing
         of it can be stored; what `ensure_owner` raises.
         """
+        subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
         # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
-        ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
+        ident = f"{subject}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {
             H_MSG_ID: ident,
             H_SCHEMA: contract.SCHEMA_VERSION,
             H_EXPECTED: str(expected),
             H_TRACEPARENT: traceparent,
         }
-        subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
         message = BusMessage("event", subject, msgspec.json.encode(receipt), kept, ensure_owner)
         try:
             ack = await self._publish_until_stored(message)

@@ -26,7 +26,7 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a
 
 REFUSED = (
     "invalid not_bound ambiguous_bot other_user window_closed quota throttled needs_login too_long "
-    "expired rejected backlog media"
+    "expired rejected media"
 )
 DEAD = "unreadable too_large crashed"
 STATES = "waiting taking polling storing throttled paused retrying stale needs_login releasing"

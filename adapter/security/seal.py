@@ -116,11 +116,6 @@ def dead_context(letter: str) -> str:
     return f"dead {letter}"
 
 
-def copy_context(sandbox: str, body: str) -> str:
-    """Context of the identity in a copy of a command. `body`: its digest."""
-    return f"copy {sandbox} {body}"
-
-
 def login_context(login: str, field: str) -> str:
     """Context of a secret in a login's record."""
     return f"login {login} {field}"

@@ -10,9 +10,9 @@ import msgspec
 from adapter.contract.names import (
     H_DETAIL,
     H_MSG_ID,
+    H_ORIGINAL,
     H_REASON,
     H_SANDBOX,
-    H_SEALED,
     H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
@@ -69,7 +69,7 @@ def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: byte
         raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
     if subject.startswith(names.out_plain):
         data = _for_its_person(data, headers.get(H_USER, ""))
-    own_headers = {*DEAD_LETTER_HEADERS, H_SEALED}  # the retry is another command, with its own time to live
+    own_headers = {*DEAD_LETTER_HEADERS, H_ORIGINAL}  # the retry is another command, with its own time to live
     kept = {k: v for k, v in headers.items() if k not in own_headers and not k.startswith("Nats-")}
     msg_id = f"retry-{seq}-{headers.get(H_TIME_MS) or '0'}"
     return BusMessage("out", subject, data, kept | {H_MSG_ID: msg_id})

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_SEALED
+from adapter.contract.names import H_EXPECTED, H_MSG_ID
 from adapter.errors import AdapterError, BusRefused
 from adapter.ports import BusMessage
 from tests.bus.rig import NAMES, Rig
@@ -51,8 +51,7 @@ class Said:
 
     async def store(self, subject: str, payload: bytes = b"x", **headers: Any) -> int:
         given = {
-            {"expected": H_EXPECTED, "id": H_MSG_ID, "sealed": H_SEALED}.get(name, name): str(value)
-            for name, value in headers.items()
+            {"expected": H_EXPECTED, "id": H_MSG_ID}.get(name, name): str(value) for name, value in headers.items()
         }
         try:
             ack = await self.side.bus.store(BusMessage("event", subject, payload, given))
@@ -103,7 +102,7 @@ async def expectations_after_deletions(said: Said) -> None:
 
 async def sizes(said: Said) -> None:
     for size in (60_000, 66_000):
-        await said.store(A, b"x", sealed="x" * size)
+        await said.store(A, b"x", x="x" * size)
     for size in (1024 * 1024 - 200, 1024 * 1024 + 1):
         await said.store(A, b"x" * size, id="1")
 

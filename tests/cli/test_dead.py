@@ -13,9 +13,9 @@ from adapter.contract.names import (
     H_COMMAND,
     H_DETAIL,
     H_MSG_ID,
+    H_ORIGINAL,
     H_REASON,
     H_SANDBOX,
-    H_SEALED,
     H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
@@ -156,7 +156,7 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
 
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: BusConnection) -> None:
-    about = {H_COMMAND: "c1", H_SEALED: "s1.of-the-first", H_USER: "u1@im.wechat"}
+    about = {H_COMMAND: "c1", H_ORIGINAL: "7.1760000000000", H_USER: "u1@im.wechat"}
     await die(bus, OUT, "wechat.out.s1", b'{"text":"hi"}', **about)
     result = await cli("dead", "retry", "1")
     assert result.code == 0

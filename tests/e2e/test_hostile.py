@@ -32,6 +32,7 @@ HEADERS: dict[str, bytes] = {
     "no-token": b"(name): x\r\nna me: y\r\n: z\r\nk\xc3\xa9y: \xc3\xa9",
     "no-utf8": b"traceparent: \xff\xfe\xed\xa0\x80",
     "our-own": b"Wechat-Time-Ms: soon\r\nWechat-Sandbox: other\r\nWechat-Sequence: -1",
+    "an-original": b"Wechat-Original: 9999999999999999999.1\r\nWechat-Command: another",
     "very-many": b"\r\n".join(b"h%d: x" % number for number in range(5000)),
     "very-long": b"traceparent: " + b"x" * 60_000,  # the server stores no more than 64 KiB
 }

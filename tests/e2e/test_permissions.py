@@ -190,7 +190,7 @@ async def test_who_is_not_trusted_has_commands_stored_by_a_request(scene: Scene)
     sandbox = Sandbox(UNTRUSTED, await scene.server.connect(UNTRUSTED))
     await sandbox.listen()
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
-    hostile = {"traceparent": trace, "Nats-Expected-Last-Msg-Id": "x", "Wechat-Sealed": "x", "Nats-Rollup": "all"}
+    hostile = {"traceparent": trace, "Nats-Expected-Last-Msg-Id": "x", "Wechat-Original": "1.1", "Nats-Rollup": "all"}
     stored = json.loads((await sandbox.ask("send", b'{"id":"c1","text":"one"}', **hostile)).data)
     await until(lambda: ("c1", "accepted") in sandbox.outcomes(), "it is sent")
     receipt = [msg for msg in sandbox.genuine() if ".receipt." in msg.subject][-1]

@@ -94,6 +94,23 @@ def seen(made: World, bot: BotRecord) -> list[str | tuple[str, str, bytes]]:
     return shown
 
 
+async def test_receipts_of_a_service_name_what_it_has_stored(tmp_path: Path) -> None:
+    """The copies by the router have other sequences."""
+    async with world(tmp_path) as made:
+        nc, _ = await started(made)
+        stored, texts = {}, [f"answer {number}" for number in range(9)]
+        for text in texts:
+            body = msgspec.json.encode({"sandbox": "s1", "text": text})
+            sequence = (await nc.jetstream().publish(NAMES.out_plain, body)).seq
+            stored[str(sequence)] = sequence
+
+        async def are_told() -> bool:
+            return {receipt.command: receipt.sequence for receipt in await made.receipts(nc)} == stored
+
+        await eventually(are_told, "each has its receipt")
+        assert made.phone_texts("s1") == texts
+
+
 async def test_media_of_every_kind_and_source_arrive_as_they_are(tmp_path: Path) -> None:
     """Pictures and videos have no file name in WeChat. A voice is a file, and a caption a text before."""
     big = samples.blob(3_000_000)

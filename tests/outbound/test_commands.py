@@ -15,11 +15,13 @@ from adapter.bridge.commands import (
     client_id_base,
     command_id,
     decode_command,
+    identity_of,
     read_command,
     sandbox_of,
 )
+from adapter.bridge.record import CommandRef
 from adapter.contract.messages import Outbound
-from adapter.contract.names import forwardable_headers
+from adapter.contract.names import H_COMMAND, H_ORIGINAL, forwardable_headers
 from adapter.errors import Refused, Unreadable
 
 NOW = 1_789_000_000_000
@@ -189,7 +191,27 @@ def test_ids_that_are_too_long_and_begin_alike_are_two() -> None:
     ids = [command_id(None, "", ident, 7) for ident in long]
     assert ids[0] == ids[2] != ids[1]
     assert all(len(ident) == 128 and ident.startswith("é" * 95 + "~") for ident in ids)
-    assert [command_id(None, ident, "", 7) for ident in long] == ids
+    assert [identity_of({H_ORIGINAL: "1.1", H_COMMAND: ident}, 7, NOW).id for ident in long] == ids
+
+
+def test_a_copy_is_what_its_original_was() -> None:
+    headers = {H_ORIGINAL: f"99.{NOW}", H_COMMAND: "c1"}
+    assert identity_of(headers, 100, NOW) == CommandRef(sequence=99, stored_ms=NOW, id="c1")
+    assert identity_of({H_ORIGINAL: "99.1"}, 100, NOW) == CommandRef(sequence=99, stored_ms=1, id="99")
+
+
+NAMES_NOTHING = [
+    *("", "soon", "1", "1.", ".1", "1.1.1", "1,1", "1.x", "0.1", "-1.1", "1.-1", "+1.1", "1e1.1", "0x1.1", " 1.1"),
+    *("1.1\n", "\u0664.1", "1.\u0664", "1\u00b2.1"),
+    *("100.1", "101.1", f"{2**63}.1", f"{10**40}.1", f"99.{NOW + 1}", f"99.{10**40}", "9" * 60_000 + ".1"),
+]
+
+
+@pytest.mark.parametrize("said", NAMES_NOTHING, ids=[repr(said[:20]) for said in NAMES_NOTHING])
+def test_an_original_that_is_none_or_not_before_its_copy_is_ignored(said: str) -> None:
+    """Anybody may write the header."""
+    found = identity_of({H_ORIGINAL: said, H_COMMAND: "theirs"}, 100, NOW)
+    assert found == CommandRef(sequence=100, stored_ms=NOW, id="")
 
 
 def test_a_client_id_is_the_same_for_the_same_command_and_another_for_any_other() -> None:

@@ -103,7 +103,7 @@ async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) 
     await store(bench, ref(2), "parked")
     await bench.bus.store(BusMessage("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
     found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
-    assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
+    assert {ref.sequence: stored.receipt.outcome for ref, stored in found.items()} == {1: "accepted", 2: "parked"}
 
 
 async def test_the_last_receipt_of_a_command_can_be_asked_for(bench: Bench) -> None:

@@ -8,11 +8,9 @@ from collections import Counter
 import msgspec
 import pytest
 
-from adapter.bridge.commands import copy_headers
 from adapter.bridge.partition import Partition
 from adapter.bridge.receipts import DEAD_LETTERS
-from adapter.bridge.record import CommandRef
-from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, H_USER, UNROUTED, derive_traceparent
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary, Throttled, Uncertain
 from adapter.ports import BusMessage
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery
@@ -464,18 +462,115 @@ async def test_what_was_stored_for_the_one_before_and_names_nobody_goes_to_nobod
     assert bench.chat.texts == ["by name", "by bot", "new"]
 
 
-async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
+# who names another command -----------------------------------------------------------------------------
+
+
+def naming(bench: Bench, text: str, ident: str, sequence: int, time_ms: int, *, sandbox: str = "s1") -> FakeDelivery:
+    """A command whose header names another one, as the router writes it, and as a sandbox may."""
+    headers = {H_ORIGINAL: f"{sequence}.{time_ms}", H_COMMAND: ident}
+    return bench.command(text, id=ident, headers=headers, sandbox=sandbox)
+
+
+@pytest.mark.parametrize("state", ["parked", "out", "unanswered", "ended", "of a former owner", "its ack lost"])
+@pytest.mark.parametrize("is_its_time", [True, False], ids=["its-time", "another-time"])
+@pytest.mark.parametrize("ident", ["c1", "f1"], ids=["its-id", "another-id"])
+async def test_a_sandbox_that_names_a_command_of_its_own_stops_nothing(
+    state: str, is_its_time: bool, ident: str
+) -> None:
+    bench, shard = await ready(is_open=state != "parked")
+    if state == "unanswered":
+        bench.chat.sends.append(TIMEOUT)
+    true = bench.command(id="c1", items=[{"kind": "text", "text": text} for text in ("one", "two")])
+    shard.on_delivery(true)
+    await asyncio.sleep(60 if state in ("ended", "its ack lost") else 1)
+    if state in ("of a former owner", "its ack lost"):
+        shard.stop()
+        true.acks = 0
+        successor = Bench(bench, incarnation="me-2")
+        shard = successor.shard()
+        successor.redeliver(shard)
+    fakes = [naming(bench, "fake", ident, true.seq, true.time_ms if is_its_time else 1) for _ in range(2)]
+    behind = bench.command("behind", id="c2")
+    for delivery in (*fakes, behind):
+        shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    if state == "parked":
+        await user_writes(bench)
+    await asyncio.sleep(400)
+    texts = [sent.text for sent in bench.chat.taken.values()]
+    assert [text for text in texts if text != "fake"] == ["one", "two", "behind"]
+    named = (ident, true.seq, true.time_ms if is_its_time else 1)
+    ends = [((end.command, end.sequence, end.received_at_ms), end.outcome) for end in finals(bench)]
+    once = {named, ("c1", true.seq, true.time_ms), ("c2", behind.seq, behind.time_ms)}
+    assert Counter(command for command, _ in ends) == dict.fromkeys(once, 1)
+    assert {outcome for command, outcome in ends if command != named or is_its_time} == {"accepted"}
+    assert all(delivery.acks for delivery in bench.deliveries)
+    assert not shard.commands.commands
+
+
+async def test_who_names_a_lost_command_and_another_person_holds_up_nobody() -> None:
+    """A former owner has ended it, and its record says that it is being sent. The other person's queue waits."""
     bench, shard = await ready()
-    await bench.bind(out_after=7)
-    for _ in range(10):
-        next(bench.numbers)
-    for ident, seq in (("c1", 7), ("c2", 8)):
-        body = msgspec.json.encode({"id": ident, "text": "hi"})
-        original = CommandRef(sequence=seq, stored_ms=bench.clock.now_ms(), id=ident)
-        headers = copy_headers(original, {}, body, "s1", bench.sealer)
-        shard.on_delivery(bench.command(data=body, headers=headers))
+    await bench.bind(bot=B2, user=USER2)
+    bench.hears(user=USER2, bot=B2)
+    true = bench.command("true", id="c1", user=USER)
+    shard.on_delivery(true)
     await asyncio.sleep(30)
-    assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", ""]
+    shard.stop()
+    successor = Bench(bench, incarnation="me-2")
+    shard = successor.shard()
+    bench.chat.hold_sends[USER2] = asyncio.Event()
+    shard.on_delivery(bench.command("hangs", id="c2", user=USER2))
+    await asyncio.sleep(5)
+    fake = naming(bench, "fake", "c1", true.seq, true.time_ms)
+    fake.data = msgspec.json.encode({"id": "c1", "text": "fake", "user": USER2})
+    shard.on_delivery(fake)
+    shard.on_delivery(bench.command("behind", id="c3", user=USER))
+    await asyncio.sleep(10)
+    assert [end.command for end in finals(bench)] == ["c1", "c3"]
+    bench.chat.hold_sends.pop(USER2).set()
+    await asyncio.sleep(30)
+    assert [(end.command, end.outcome) for end in finals(bench)] == [
+        *(("c1", "accepted"), ("c3", "accepted"), ("c2", "accepted")),
+    ]
+    assert fake.acks == 1
+
+
+async def test_a_sandbox_names_no_command_of_another() -> None:
+    """Of the same partition: its commands are found by their sequences."""
+    bench, shard = await ready(is_open=False)
+    other = next(name for number in range(9999) if bench.names.partition_of(name := f"t{number}") == shard.number)
+    await bench.bind(sandbox=other, bot=B2, user=USER2)
+    true = bench.command("true", id="c1")
+    shard.on_delivery(true)
+    fake = naming(bench, "fake", "c1", true.seq, true.time_ms, sandbox=other)
+    shard.on_delivery(fake)
+    await asyncio.sleep(5)
+    await user_writes(bench, bot=B2, user=USER2)
+    await asyncio.sleep(5)
+    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [(USER2, "fake")]
+    assert (true.acks, fake.acks) == (0, 1)
+    await user_writes(bench)
+    await asyncio.sleep(5)
+    ends = [(end.sandbox, end.command, end.outcome) for end in finals(bench)]
+    assert ends == [(other, "c1", "accepted"), ("s1", "c1", "accepted")]
+    assert true.acks == 1
+
+
+@pytest.mark.parametrize("idents", [("f1", "f2"), ("f1", "f1")], ids=["two-ids", "one-id"])
+async def test_two_that_name_one_command_are_told_once_for_each_id(idents: tuple[str, str]) -> None:
+    """It has gone, or was a bind."""
+    bench, shard = await ready()
+    for _ in range(5):
+        next(bench.numbers)
+    for ident in idents:
+        shard.on_delivery(naming(bench, f"of {ident}", ident, 3, bench.clock.now_ms()))
+    await asyncio.sleep(30)
+    assert bench.chat.texts == [f"of {ident}" for ident in sorted(set(idents))]
+    assert [(end.command, end.outcome, end.sequence) for end in finals(bench)] == [
+        (ident, "accepted", 3) for ident in sorted(set(idents))
+    ]
+    assert [delivery.acks for delivery in bench.deliveries] == [1, 1]
 
 
 async def test_draining_ends_what_is_out_and_starts_nothing() -> None:

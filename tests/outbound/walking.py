@@ -23,7 +23,7 @@ import structlog
 
 from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
-from adapter.contract.names import H_MSG_ID, H_SEALED, Names, stream_of
+from adapter.contract.names import H_MSG_ID, H_ORIGINAL, Names, stream_of
 from adapter.errors import Temporary, Uncertain
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
@@ -463,7 +463,7 @@ def copy_again() -> Step:
 
     async def step(walk: Walk) -> None:
         for stored in walk.world.bus.found("OUT"):
-            if H_SEALED in stored.headers:
+            if H_ORIGINAL in stored.headers:
                 headers = {name: value for name, value in stored.headers.items() if name != H_MSG_ID}
                 walk.world.bus.put(stored.subject, stored.data, headers)
 

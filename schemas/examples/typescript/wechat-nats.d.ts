@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 44985895afe0e94234db32aaca3d356becdc08c87131ac8549f8e53bc466677e */
+   Of: 163de01b90f611060c148bb1f8d378f6b43a606b3d34f4faf1618c04cb7ed336 */
 
 /**
  * Options of a binding.
@@ -884,7 +884,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, media; empty when accepted.
    */
   reason?: string;
   /**
