@@ -106,9 +106,11 @@ class Agent:
 
 
 @contextlib.asynccontextmanager
-async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIterator[tuple[World, Agent]]:
-    """One adapter, sandbox s1 with the user of a bot, and the command for it."""
-    async with world(folder, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "0"}, quota=0) as made:
+async def agent_running(
+    folder: Path, *options: str, mode: str = "ack_on_delivery", **environ: str
+) -> AsyncIterator[tuple[World, Agent]]:
+    """One adapter, sandbox s1 with the user of a bot, and the command for it. `mode`: what iLink repeats."""
+    async with world(folder, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "0"}, quota=0, cursor_mode=mode) as made:
         await made.add_adapter()
         nc = await made.nc()
         await made.bind(nc, "s1", made.sim.add_bot())
@@ -422,7 +424,8 @@ async def test_a_url_is_asked_again_after_a_death_and_answers_once(
 async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_path: Path) -> None:
     """And nothing is given to the program again that was confirmed."""
     rng = random.Random(int(os.environ.get("SEED", "7")))
-    async with agent_running(tmp_path) as (made, agent):
+    # what an adapter has in hand that is killed is lost where iLink does not repeat it
+    async with agent_running(tmp_path, mode="cursor_replay") as (made, agent):
         nc, first, other = await made.nc(), made.bots["s1"], made.sim.add_bot()
         await made.bind(nc, "s1", other)
         users = [first, other]
