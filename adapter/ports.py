@@ -436,6 +436,10 @@ class Bucket(Protocol):
         """All entries whose key begins with the token `first` and a dot, or all entries, without deleted ones. Raises
         Temporary."""
 
+    async def read_since(self, revision: int) -> list[Entry]:
+        """The entries that are newer than a revision, and deletions whose markers are there, as the bucket's leader
+        has them. Raises Temporary."""
+
     async def watch(
         self,
         on_entry: Callable[[Entry], None],
@@ -452,8 +456,12 @@ class LeaderBucket(Protocol):
     async def get(self, key: str) -> Entry | None:
         """Raises Temporary."""
 
-    async def write(self, key: str, value: bytes | None, revision: int) -> int:
-        """Writes the value, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+        """The entries of the keys that ever existed. Raises Temporary."""
+
+    async def write(self, key: str, value: bytes | None, revision: int | None, *, ttl_s: int = 0) -> int:
+        """Writes the value, or deletes for None, at this revision (None: at any). With `ttl_s` the key expires after
+        so many seconds unless it is written again. Raises Conflict, Temporary (ambiguous)."""
 
     async def list_entries(self) -> list[Entry]:
         """All entries, including delete markers. Raises Temporary."""
@@ -550,6 +558,12 @@ class CoreBus(Protocol):
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
+
+    def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        """Subscribes on every connection. Messages that arrive while there is none are lost."""
+
+    def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+        """Answers requests on every connection, if the reply subject is an inbox; None: no answer."""
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         """Asks all replicas, this one included. Returns the answers once there are `count` of them or the time is

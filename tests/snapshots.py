@@ -14,7 +14,7 @@ from nats.aio.client import Client
 
 CHUNK = 128 * 1024
 META, DATA = "backup.json", "stream.tar.s2"
-TRANSIENT = ("_members", "_claims", "_polls", "_logins")
+TRANSIENT = ("_leases", "_logins")
 """Buckets that only running adapters need: the documents leave them out."""
 
 

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from adapter.bridge.partition import Partition
 from adapter.bridge.poller import BotPoller
+from adapter.bridge.presence import KEPT_S
 from adapter.bridge.typing_indicator import TICKET_S
 from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.ilink.connection import Connection
-from adapter.ownership.leases import DEAD_KEPT
 from tests.fakes import Bench, Wire
 from tests.growth import tables
 from tests.outbound.shards import BOT, outcomes, user_writes
-from tests.ownership.cluster import LEASE_S, Cluster
+from tests.ownership.cluster import LEASE_S, PARTITIONS, Cluster
 
 VIRTUAL_TIME = True
 
@@ -105,19 +105,16 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
         other = cluster.start("other")
         await asyncio.sleep(3 * LEASE_S)
         await other.kill()
+        cluster.replicas.remove(other)
         await asyncio.sleep(4 * LEASE_S)
+    assert len(first.owned) == PARTITIONS
+    await asyncio.sleep(KEPT_S + 1)
+    assert tables(first.presence)["_heard"] == 0
     sizes = tables(first.leases)
-    assert {name: sizes[name] for name in ("_sightings", "_live")} == {"_sightings": 1, "_live": 1}
-    assert tables(first.leases)["_known_dead"] == 20
-    for number in range(DEAD_KEPT):
-        assert not await first.leases.revoke_if_expired(f"past-{number}")
-    await asyncio.sleep(LEASE_S)
-    for number in range(DEAD_KEPT):
-        assert await first.leases.revoke_if_expired(f"past-{number}")
-    assert tables(first.leases)["_known_dead"] <= DEAD_KEPT
-    for number in range(2 * DEAD_KEPT):
-        assert not await first.leases.revoke_if_expired(f"lost-{number}")
-    assert tables(first.leases)["_absent_since"] <= DEAD_KEPT + 1
+    assert sizes["_releasing"] == 0
+    assert sizes["_free"] <= PARTITIONS
+    assert sizes["_given"] <= PARTITIONS
+    cluster.stop()
 
 
 # without the collector -----------------------------------------------------------------------------------
@@ -136,7 +133,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         before = there()
-        shard, session = Partition(1, bench.parts()), bench.new_poller(BOT)
+        shard, session = Partition(bench.leases.tenure_of(1), bench.parts()), bench.new_poller(BOT)
         connection = Connection()
         connection.connection_made(Wire())
         assert there() == before + 3

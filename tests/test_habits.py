@@ -27,19 +27,22 @@ PRIVATE = {
     "bus/test_agent.py": "_number _reader",
     "bus/test_next.py": "_replicated",
     "ilink/test_connection.py": "_idle",
-    "ownership/test_leases.py": "_sightings",
     "inbound/test_poller.py": "_waiting",
-    "test_supervisor.py": "_is_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
     "test_growth.py": "_deleted",
+    "ownership/test_presence.py": "_heard",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _INBOX _LETTER _LOGIN"
     " _SECRET_NAME _UNPRINTABLE_IN_JSON _describe_error _publish_command",
+    # what ends with a process that is killed
+    "inbound/sharing.py": "_consuming _leaving _polling _tasks",
     # in place of the network, the bucket's watcher or the consumer
-    "fakes/bench.py": "_apply_entry",
-    "test_schedules_inbound.py": "_apply_entry _others",
+    # and what ends with a process that is killed
+    "fakes/bench.py": "_apply_entry _capacity _consuming _leaving _on_failed _parts _polling _tasks",
+    "fakes/bus.py": "_answers _heard",  # of the others of its world
+    "test_schedules_inbound.py": "_apply_entry",
     "bindings/test_control.py": "_apply_entry",
     "ilink/test_client.py": "_pool",
     "bus/test_media_service.py": "_upload_ident",

@@ -30,7 +30,7 @@ class Replica:
         self.metrics = Metrics()
         self.connection = SimpleNamespace(is_connected=True, api_request=self._api)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
-        self.leases = SimpleNamespace(is_valid=True, last_error="refused", owned=set(), orphans=set())
+        self.leases = SimpleNamespace(is_working=True, last_error="refused", owned={}, ownerless=set())
         self.silence: Exception | None = None
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
@@ -46,14 +46,14 @@ class Replica:
             metrics=self.metrics,
             leases=self.leases,
         )
-        shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set(), evict_idle=list)
-        supervisor: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
+        one = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set(), evict_idle=list)
+        partitions: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, working={1: one})
         inspector: Any = self
         self.health = Health(edges, NAMES, inspector)
         self.health.on_started()
         self.tasks = [
             asyncio.create_task(self.health.check_jetstream_forever()),
-            asyncio.create_task(self.health.heartbeat_forever(supervisor)),
+            asyncio.create_task(self.health.heartbeat_forever(partitions)),
         ]
 
     @property
@@ -92,11 +92,11 @@ def nothing_stored(replica: Replica) -> None:
 
 
 def no_lease(replica: Replica) -> None:
-    replica.leases.is_valid = False
+    replica.leases.is_working = False
 
 
 def well(replica: Replica) -> None:
-    replica.silence, replica.publisher.waiting_s, replica.leases.is_valid = None, 0.0, True
+    replica.silence, replica.publisher.waiting_s, replica.leases.is_working = None, 0.0, True
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def well(replica: Replica) -> None:
         (no_answer, "JetStream does not answer: timeout"),
         (refusal, "JetStream does not answer: 10039 JetStream is not enabled"),
         (nothing_stored, "JetStream takes nothing for WECHAT_IN: full"),
-        (no_lease, "the lease cannot be renewed: refused"),
+        (no_lease, "no lease can be renewed: refused"),
     ],
 )
 async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> None:

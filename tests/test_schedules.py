@@ -4,6 +4,8 @@ A schedule is a list of steps, made from a seed and the same in every run; time 
 more of them, `SEED=7` only that one. Checked when everything has settled: one final receipt per command, which says
 what iLink did; per user in order, one request at a time, in no more sends than a window has; nothing reaches another
 user, or goes out over a bot that serves another sandbox by then; and nothing is left anywhere.
+
+Replicas run as the service runs them, but for pollers: what users write the model stores.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import msgspec
 import pytest
 
 from adapter.bridge import entries
+from adapter.bridge.handover import SILENT_S
 from adapter.bridge.partition import Partition
 from adapter.bridge.receive import ANYBODY
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, Receipt, Unbind
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.kit.persist import persist
+from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
@@ -35,6 +39,8 @@ from tests.fakes.mortal import Command, mortal
 SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SANDBOXES = ["s1", "s2"]
 USERS = ["u1", "u2"]
+SETTLED_S = 100.0
+"""In which all that moves has moved."""
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 
 
@@ -76,18 +82,19 @@ def schedule(seed: int) -> Script:
     settings = {
         "merge_chars": chance.choice([0, 40, 3000]),
         "sends": chance.choice([3, 4, 10]),
-        "took_ms": chance.choice([0, 300, 3000]),
+        "took_ms": chance.choice([0, 300, 6000]),
         "split": chance.choice([0, 0, 1]),
     }
     weights = {
         "command": 30, "typing": 3, "write": 14, "answers": 12, "sleep": 22, "reset": 2, "bind": 4, "unbind": 2,
         "login": 0 if calm else 3, "stale": 0 if calm else 2, "lease": 0 if calm else 3, "die": 0 if calm else 3,
-        "drain": 0 if calm else 2, "bus": 0 if calm else 2, "reads": 0 if calm else 2, "late_ack": 0 if calm else 1,
+        "leave": 0 if calm else 2, "give": 0 if calm else 4, "bus": 0 if calm else 2, "reads": 0 if calm else 2,
+        "late_ack": 0 if calm else 1,
     }  # fmt: skip
     steps: list[Step] = []
     for number in range(chance.randint(5, 45)):
         (kind,) = chance.choices(list(weights), list(weights.values()))
-        steps.append((kind, _arguments(kind, number, chance)))
+        steps.append((kind, _arguments(kind, 10 * number, chance)))
     return Script(settings, steps)
 
 
@@ -97,7 +104,7 @@ def _arguments(kind: str, number: int, chance: random.Random) -> dict[str, Any]:
         case "command":
             return {
                 "number": number,
-                "ident": number if chance.random() < 0.85 else chance.randint(0, number),
+                "ident": number if chance.random() < 0.85 else 10 * chance.randint(0, number // 10),
                 "sandbox": sandbox,
                 "user": user,
                 "to": chance.choice(["user", "bot", "nobody"]),
@@ -119,14 +126,23 @@ def _arguments(kind: str, number: int, chance: random.Random) -> dict[str, Any]:
             return {"user": user}
         case "login":
             return {"user": user, "alive": chance.random() < 0.5}
-        case "stale" | "lease":
+        case "stale":
             return {"user": user, "seconds": chance.choice([0.5, 3.0, 30.0])}
+        case "lease":
+            return {"sandbox": sandbox, "seconds": chance.choice([0.5, 3.0, 30.0])}
         case "bus":
             return {"seconds": chance.choice([0.2, 3.0, 30.0])}
         case "reads":
             return {"times": chance.randint(1, 3)}
-        case "drain":
-            return {"again": chance.random() < 0.5}
+        case "die":
+            return {"sandbox": sandbox, "heir": chance.randrange(2)}
+        case "leave":
+            return {"sandbox": sandbox, "heir": chance.randrange(2), "seconds": chance.choice([1.0, 20.0])}
+        case "give":
+            arguments = {"number": number, "sandbox": sandbox, "heir": chance.randrange(4)}
+            arguments |= {"busy": chance.random() < 0.8}
+            after_s, deaf_s = chance.choice([0.0, 0.005, 0.3, 3.0]), chance.choice([0.0, 0.0, 0.0, 7.0])
+            return arguments | {"after_s": after_s, "deaf_s": deaf_s}
         case _:
             return {}
 
@@ -143,6 +159,9 @@ class Phone(FakeChat):
         self.strays: list[str] = []
         """What went out over a bot that did not serve its sandbox any more."""
         self.shown: list[Sent] = []
+        self.out: Counter[str] = Counter()
+        """The client_ids of requests that are out."""
+        self.begins = ChangeSignal()
         self.dead: set[str] = set()
         """Bots whose token is refused."""
         self._seen: set[tuple[str, str]] = set()
@@ -157,6 +176,8 @@ class Phone(FakeChat):
         if any(f"@{served}." not in piece for piece in pieces(sent)):
             self.strays.append(f"{sent.text!r} over {sent.bot}, which serves {served}")
         known = sent.client_id in self.taken
+        self.out[sent.client_id] += 1
+        self.begins.notify_all()
         try:
             answer = await super()._send(sent)
         except Dead:
@@ -171,6 +192,7 @@ class Phone(FakeChat):
             self.unanswered.add(sent.client_id)
             raise
         finally:
+            self.out -= Counter([sent.client_id])
             if sent.client_id in self.taken and (sent.bot, sent.client_id) not in self._seen:
                 self._seen.add((sent.bot, sent.client_id))
                 self.shown.append(sent)
@@ -218,50 +240,43 @@ class Bucket(FakeBucket):
 
 
 class Replica:
-    """One that owns all shards, or owned them; or, "split", one for each sandbox, which fare alike."""
+    """Runs as the service does, with the partitions that the model gives it."""
 
     def __init__(self, model: Model, number: int) -> None:
-        self.life, world = Life(), model.world
-        self.opening: asyncio.Task[None] | None = None
+        self.life = Life()
+        self.bench = mortal(model.world, number, self.life)
+        self.bench.leases.on_released = model.on_released
+        self.is_well = True
+        """It may be given partitions."""
         self._model = model
-        parts = [mortal(world, number, self.life) for _ in range(len(SANDBOXES) if model.settings["split"] else 1)]
-        self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
-        for bench in parts:
-            bench.bindings.add_listener(self._close)
-            bench.open_shard = partial(self._working, bench)  # type: ignore[method-assign]
-        self.own()
 
-    async def _working(self, bench: Bench, sandbox: str) -> Partition | None:
-        return None if self.is_leaving else bench.shards.get(bench.names.partition_of(sandbox))
+    async def begin(self) -> None:
+        rules = {name: self._model.settings[name] for name in ("sends", "merge_chars")}
+        await self.bench.run(self._consume, capacity=0, **rules)
 
-    def _close(self, bot: str, *_: object) -> None:
-        for bench in self.benches.values():
-            bench.replica.supervisor.close(bot)
+    async def _consume(self, partition: Partition) -> None:
+        consumers = self._model.consumers
+        consumers[partition.number] = self, partition
+        self._model.deliver_all(partition.number)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if consumers.get(partition.number) == (self, partition):
+                del consumers[partition.number]
 
-    def own(self) -> None:
-        """Owns all shards from now on, perhaps again."""
-        self.is_open = self.is_leaving = False
-        """Whether its consumers have started, and whether it gives its shards away."""
-        settings = self._model.settings
-        rules = {name: settings[name] for name in ("sends", "merge_chars")}
-        self.shards: dict[int, Partition] = {}
-        for bench in self.benches.values():
-            bench.leases.has_lease = True
-            bench.leases.owned = {
-                bench.names.partition_of(name) for name, one in self.benches.items() if one is bench
-            }
-        for name, bench in self.benches.items():
-            self.shards[bench.names.partition_of(name)] = bench.shard(name, **rules)
-        for binding in self._model.world.bindings:
-            self._close(binding.bot)
+    def take(self, number: int) -> None:
+        if self.is_well:
+            self.bench.leases.take(number)
 
-    def lose(self) -> None:
-        for bench in self.benches.values():
-            bench.leases.has_lease = False
-            bench.leases.owned.clear()
-            bench.shards.clear()
-        for shard in self.shards.values():
-            shard.stop()
+    async def leave(self, seconds: float) -> None:
+        """As at SIGTERM."""
+        await self.bench.drain(seconds)
+        self.die()
+
+    def die(self) -> None:
+        self.is_well = False
+        self.life.stop()
+        self.bench.kill()
 
 
 class Model:
@@ -285,7 +300,7 @@ class Model:
         self.told: list[Told] = []
         self.commands: dict[int, FakeDelivery] = {}
         self.delivered: set[int] = set()
-        self.control = Bench(self.world, incarnation="control")
+        self.control = Bench(self.world, instance="control")
         self.binder = self.control.binder()
         self.binding = asyncio.Lock()
         self.bots = {user: f"{user}b0@im.bot" for user in USERS}
@@ -296,19 +311,61 @@ class Model:
         """How often a replica ended while nobody could write down what it knew."""
         self.persons: dict[tuple[str, str], set[int]] = defaultdict(set)
         """Since when, by sandbox and user: an id is forgotten with its person."""
-        self.replicas = 0
-        self.retired: list[Replica] = []
+        self.replicas: list[Replica] = []
+        self.homes: dict[int, Replica] = {}
+        """Whose each partition is, or is about to be."""
+        self.heirs: dict[int, tuple[Replica, float]] = {}
+        """Who gets a partition that is being released, and when."""
+        self.consumers: dict[int, tuple[Replica, Partition]] = {}
         self.later: set[asyncio.Task[None]] = set()
-        self.owner = self._replica()
-
-    def _replica(self) -> Replica:
-        self.replicas += 1
-        return Replica(self, self.replicas)
 
     async def begin(self) -> None:
         for user in USERS:
             await self._bind("s1", self.bots[user], f"{user}@im.wechat")
-        self.take_over(self.owner)
+        first = await self._start()
+        second = await self._start() if self.settings["split"] else first
+        for name, owner in zip(SANDBOXES, (first, second), strict=True):
+            self._pass_on(self.number(name), owner)
+
+    def number(self, sandbox: str) -> int:
+        return self.world.names.partition_of(sandbox)
+
+    async def _start(self) -> Replica:
+        replica = Replica(self, len(self.replicas) + 1)
+        self.replicas.append(replica)
+        await replica.begin()
+        return replica
+
+    async def _heir(self, number: int, *others: Replica) -> Replica:
+        """One of those who are well, or a new one."""
+        well = [each for each in self.replicas if each.is_well and each not in others]
+        return well[number] if number < len(well) else await self._start()
+
+    def _pass_on(self, number: int, heir: Replica, after_s: float = 0.0) -> None:
+        self.homes[number] = heir
+        self.call_later(after_s, partial(self._take, number, heir))
+
+    async def _take(self, number: int, heir: Replica) -> None:
+        if self.homes[number] is heir:
+            if heir.is_well:
+                heir.take(number)
+            else:  # it has died before it could
+                await self._inherit(heir, 0)
+
+    def on_released(self, number: int) -> None:
+        if number in self.heirs:
+            self._pass_on(number, *self.heirs.pop(number))
+
+    async def _inherit(self, lost: Replica, heir: int) -> None:
+        """What a replica owned that renews no more is another's in time."""
+        for number, home in self.homes.items():
+            if home is lost:
+                self.heirs.pop(number, None)
+        await asyncio.sleep(4)
+        taker = await self._heir(heir, lost)
+        for number, home in [*self.homes.items()]:
+            if home is lost:
+                self._pass_on(number, taker)
 
     def call_later(self, seconds: float, then: Callable[[], object]) -> None:
         async def wait() -> None:
@@ -320,34 +377,24 @@ class Model:
 
     # the bus
 
-    def take_over(self, owner: Replica) -> None:
-        self.owner = owner
-        owner.opening = asyncio.get_running_loop().create_task(self._open(owner))
-
-    async def _open(self, owner: Replica) -> None:
-        """As before the consumers start."""
-        while owner is self.owner:
-            try:
-                for shard in owner.shards.values():
-                    await shard.open()
-            except Temporary:
-                await asyncio.sleep(0.2)
-            else:
-                owner.is_open = owner is self.owner
-                return await self.reset()
-
     async def reset(self) -> None:
-        """As the consumers do it: all that is not acknowledged comes, in order."""
+        for number in [*self.consumers]:
+            self.deliver_all(number)
+
+    def deliver_all(self, number: int) -> None:
+        """As a consumer does when it begins: all that is not acknowledged comes, in order."""
         for stored in self.world.bus.found("OUT"):
-            self._deliver(self.commands[stored.seq])
+            if self.number(stored.subject.rpartition(".")[2]) == number:
+                self._deliver(self.commands[stored.seq])
 
     def _deliver(self, command: FakeDelivery) -> None:
-        if not self.owner.is_open:
+        number = self.number(command.subject.rpartition(".")[2])
+        if number not in self.consumers:
             return
+        replica, partition = self.consumers[number]
         redelivered = command.seq in self.delivered
         self.delivered.add(command.seq)
-        again = Command(self.world.bus, command, redelivered=redelivered, life=self.owner.life)
-        self.owner.shards[int(command.subject.split(".")[2])].on_delivery(again)
+        partition.on_delivery(Command(self.world.bus, command, redelivered=redelivered, life=replica.life))
 
     def _store(self, told: Callable[[int], Told], sandbox: str, **body: Any) -> None:
         fields = {name: value for name, value in body.items() if value is not None}
@@ -383,7 +430,10 @@ class Model:
     async def write(self, *, user: str) -> None:
         """What a poller does with a message."""
         bot, name = self.bots[user], f"{user}@im.wechat"
-        if not all(bench.leases.is_valid for bench in self.owner.benches.values()) or not self.hold.up.is_set():
+        if (binding := self.world.bindings.serving(bot)) is None or not self.hold.up.is_set():
+            return
+        polling = self.consumers.get(self.number(binding.sandbox))
+        if polling is None or not polling[0].bench.leases.has_lease:
             return
         await asyncio.sleep(0.001)
         await self.world.bindings.update(
@@ -404,10 +454,10 @@ class Model:
 
     async def _look(self, bot: str) -> None:
         """The person has the message from their poller."""
-        owner = self.owner
-        while owner is self.owner and (binding := self.world.bindings.serving(bot)):
+        while (binding := self.world.bindings.serving(bot)) and self.number(binding.sandbox) in self.consumers:
+            _, partition = self.consumers[self.number(binding.sandbox)]
             try:
-                person = owner.shards[self.world.names.partition_of(binding.sandbox)].person(binding)
+                person = partition.person(binding)
                 await person.open()
                 return await person.read_newest()
             except Temporary:
@@ -418,7 +468,18 @@ class Model:
         script.extend(ANSWERS[answer](self.world.clock.now_ms() + n) for n, answer in enumerate(answers))
 
     async def sleep(self, *, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(min(seconds, SETTLED_S))
+        if seconds > SETTLED_S:
+            self._rest()
+            await asyncio.sleep(seconds - SETTLED_S)
+            for each in self.replicas:
+                if each.is_well:
+                    await each.bench.wake()
+
+    def _rest(self) -> None:
+        """No partition moves, so that nobody needs to look each second."""
+        for each in self.replicas:
+            each.bench.rest()
 
     async def bind(self, *, user: str, sandbox: str, anew: bool, named: bool) -> None:
         """With a new token, or a new bot of the user; here or in another sandbox."""
@@ -462,28 +523,26 @@ class Model:
         await self.world.bindings.update(self.bots[user], lambda now: msgspec.structs.replace(now, state=state))
 
     async def stale(self, *, user: str, seconds: float) -> None:
-        bot, replica = self.bots[user], self.owner
-        for bench in replica.benches.values():
-            bench.stale.add(bot)
-            bench.replica.parts.sessions.changed.notify_all()
+        bot, replicas = self.bots[user], [*self.replicas]
+        for each in replicas:
+            each.bench.stale.add(bot)
+            each.bench.replica.parts.sessions.changed.notify_all()
 
         def over() -> None:
-            for bench in replica.benches.values():
-                bench.stale.discard(bot)
-            binding = self.world.bindings.get(bot)
-            if binding is not None and replica is self.owner:
-                replica.shards[self.world.names.partition_of(binding.sandbox)].on_binding(None, binding)
+            for each in replicas:
+                each.bench.stale.discard(bot)
+            if (binding := self.world.bindings.get(bot)) and self.number(binding.sandbox) in self.consumers:
+                self.consumers[self.number(binding.sandbox)][1].on_binding(None, binding)
 
         self.call_later(seconds, over)
 
-    async def lease(self, *, user: str, seconds: float) -> None:
-        benches = self.owner.benches.values()
-        for bench in benches:
-            bench.leases.has_lease = False
+    async def lease(self, *, sandbox: str, seconds: float) -> None:
+        """The owner cannot renew, and nobody takes what it has."""
+        leases = self.homes[self.number(sandbox)].bench.leases
+        leases.has_lease = False
 
         def back() -> None:
-            for bench in benches:
-                bench.leases.has_lease = bool(bench.leases.owned)
+            leases.has_lease = True
 
         self.call_later(seconds, back)
 
@@ -497,32 +556,71 @@ class Model:
     async def late_ack(self) -> None:
         self.world.person_bucket.answers_lost += 1
 
-    async def die(self) -> None:
-        dead = self.owner
-        dead.life.stop()
-        dead.lose()
+    async def die(self, *, sandbox: str, heir: int) -> None:
+        dead = self.homes[self.number(sandbox)]
+        if not dead.is_well:
+            return
+        dead.die()
         self.deaths += 1
         # what was asked and not heard, or heard and not written down
         self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 120}
-        await asyncio.sleep(4)
-        self.take_over(self._replica())
+        await self._inherit(dead, heir)
 
-    async def drain(self, *, again: bool) -> None:
-        before, was_away = self.owner, not self.hold.up.is_set()
-        was_away |= not all(bench.leases.is_valid for bench in before.benches.values())
-        before.is_leaving = True
-        await asyncio.gather(*(shard.drain(20.0) for shard in before.shards.values()))
-        if was_away or not self.hold.up.is_set():  # nobody could write down what was heard
+    async def leave(self, *, sandbox: str, heir: int, seconds: float) -> None:
+        leaving = self.homes[self.number(sandbox)]
+        if not leaving.is_well:
+            return
+        taker = await self._heir(heir, leaving)
+        leaving.is_well = False
+        for number in leaving.bench.leases.owned:
+            self.heirs.setdefault(number, (taker, 0.0))
+        self._gives(leaving)
+        self.call_later(0.0, partial(self._leave, leaving, seconds))
+
+    async def _leave(self, leaving: Replica, seconds: float) -> None:
+        await leaving.leave(seconds)
+        await self._inherit(leaving, 0)
+
+    async def give(self, *, number: int, sandbox: str, heir: int, busy: bool, after_s: float, deaf_s: float) -> None:
+        """As one who has too many does, perhaps while a request is out; at times it gets the partition back, or hears
+        nobody from then on."""
+        if busy:
+            await self._busy(sandbox, number)
+        number = self.number(sandbox)
+        giver = self.homes[number]
+        if not giver.is_well or number not in giver.bench.leases.owned or number in self.heirs:
+            return
+        self.heirs[number] = (giver if heir == 3 else await self._heir(heir, giver)), after_s
+        self._gives(giver)
+        await giver.bench.replica.partitions.give(number)
+        if deaf_s and giver.life.is_going and self.chat.took_s < SILENT_S:  # nobody waits longer for who is cut off
+            giver.bench.core.is_cut = True
+            await asyncio.sleep(deaf_s)
+            giver.bench.core.is_cut = not giver.life.is_going
+
+    async def _busy(self, sandbox: str, number: int) -> None:
+        """The users write, and get two answers. Returns while the first is out, if that lasts."""
+        for user in [user for user in USERS if any(self.bots[user] == one.bot for one in self.world.bindings)]:
+            await self.write(user=user)
+            for _ in range(2):
+                number += 1
+                await self.command(number=number, ident=number, sandbox=sandbox, user=user, to="user", parts=1)
+        await self.chat.begins.wait_until(lambda: bool(self.chat.out), 3.0)
+
+    def _gives(self, giver: Replica) -> None:
+        """The next owner does not hear what is answered from now on, unless it is in a receipt."""
+        self.chat.unanswered |= {*self.chat.out}
+        began = self._now()
+
+        def had_begun() -> None:
+            """A request whose record was being stored."""
+            late = [sent for sent in self.chat.sent if began <= sent.at_s <= began + 0.1]
+            self.chat.unanswered |= {sent.client_id for sent in late}
+
+        self.call_later(1.0, had_begun)
+        if not giver.bench.leases.has_lease or not self.hold.up.is_set():  # nobody can write down what was heard
             self.unsaved += 1
             self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 60}
-        before.lose()
-        if again and self.retired:
-            heir = self.retired.pop()
-            heir.own()
-        else:
-            heir = self._replica()
-        self.retired.append(before)
-        self.take_over(heir)
 
     def _now(self) -> float:
         return self.world.clock.monotonic()
@@ -531,15 +629,18 @@ class Model:
 
     async def settle(self) -> None:
         """All is well again, and the users write until nothing waits."""
-        await asyncio.sleep(60)
+        await asyncio.sleep(SETTLED_S)
         self.hold.up.set()
         self.world.bus.unreadable = self.world.person_bucket.answers_lost = 0
         self.chat.sends_to.clear()
-        for bench in self.owner.benches.values():
-            bench.leases.has_lease = True
-            bench.stale.clear()
+        for each in self.replicas:
+            each.bench.leases.has_lease = True
+            each.bench.stale.clear()
         async with asyncio.timeout(3600):
-            await asyncio.gather(*self.later)
+            while later := [each for each in self.later if not each.done()]:
+                await asyncio.gather(*later)
+        await asyncio.sleep(SETTLED_S)
+        self._rest()
         for binding in list(self.world.bindings):
             if binding.state != "active":
                 await self._bind(binding.sandbox, binding.bot, binding.user)
@@ -571,7 +672,9 @@ class Model:
 def nothing_is_left(model: Model) -> list[str]:
     found = model.world.bus.found("OUT")
     left = [f"OUT holds {len(found)}"] if found else []
-    for number, shard in model.owner.shards.items():
+    left += [f"failed: {each.bench.failed}" for each in model.replicas if each.bench.failed]
+    left += [f"left: {number} {key.left}" for number, key in model.world.keys.items() if key.left]
+    for number, (_, shard) in model.consumers.items():
         if depth := shard.queue_depths(Counter())[0]:
             left.append(f"shard {number} has {depth} in flight")
         left += [f"{each.key}: {len(each.sender.queue)} queued" for each in shard if each.sender.queue]

@@ -1,5 +1,6 @@
 """Random schedules of what users say: all of it is stored once, in order, for the person whom the bot served, whether
-the owner dies, gives its shards away, or is stopped with an answer in hand and goes on when another one has them.
+an owner dies, gives a partition away while its poll is open, hears nobody, or is stopped with an answer in hand and
+goes on when another one has its partitions. No bot is polled twice at once.
 
 Made and run as those of test_schedules. iLink is a mailbox here: it answers from the cursor that it is shown, now and
 then from an earlier one, with the same messages under other ids. A poll never shows a cursor that passes what is
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.bridge.poller import BotPoller
+from adapter.bridge.partition import Partition
 from adapter.bridge.receive import ANYBODY
 from adapter.contract.messages import Bind, Unbind
 from adapter.contract.names import H_REASON
@@ -35,7 +36,7 @@ from tests.fakes import Bench, FakeBus, FakeChat, Life, VirtualLoop
 from tests.fakes.mortal import mortal
 from tests.inbound.pollers import opened
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "40"))
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 SANDBOXES = ["s1", "s2"]
 PNG = samples.png()
@@ -56,8 +57,8 @@ def schedule(seed: int) -> list[tuple[str, dict[str, Any]]]:
     """The steps of a seed."""
     chance = random.Random(seed)
     weights = {
-        "say": 30, "sleep": 20, "replay": 8, "fail": 4, "lease": 3, "die": 3, "freeze": 3, "hand_over": 3, "bus": 4,
-        "bind": 3, "unbind": 1, "forget_ids": 2,
+        "say": 30, "sleep": 20, "replay": 8, "fail": 4, "lease": 3, "die": 3, "freeze": 4, "give": 6, "leave": 3,
+        "deaf": 3, "bus": 4, "bind": 3, "unbind": 1, "forget_ids": 2,
     }  # fmt: skip
     steps: list[tuple[str, dict[str, Any]]] = []
     for _ in range(chance.randint(4, 35)):
@@ -69,6 +70,20 @@ def schedule(seed: int) -> list[tuple[str, dict[str, Any]]]:
             case "freeze":
                 seconds = chance.choice([0.01, 1.0, 20.0, 60.0])
                 arguments = {"kinds": kinds, "is_done": chance.random() < 0.5, "seconds": seconds}
+                arguments |= {"heir": chance.randrange(3)}
+            case "give":
+                arguments = {"sandbox": chance.choice(SANDBOXES), "heir": chance.randrange(4)}
+                arguments |= {"after_s": chance.choice([0.0, 0.005, 0.3, 3.0])}
+                arguments |= {"deaf_s": chance.choice([0.0, 0.0, 0.0, 7.0, 40.0])}
+            case "leave":
+                arguments = {"seconds": chance.choice([0.3, 5.0, 60.0]), "heir": chance.randrange(3)}
+            case "die":
+                arguments = {
+                    "who": chance.choice(["owner", "owner", "poller", "anybody"]),
+                    "heir": chance.randrange(3),
+                }
+            case "deaf":
+                arguments = {"who": chance.choice(["owner", "poller"]), "seconds": chance.choice([1.0, 5.0, 40.0])}
             case "sleep" | "lease" | "bus":
                 arguments = {"seconds": chance.choice([0.01, 0.06, 0.3, 1.0, 5.0, 40.0])}
             case "replay":
@@ -97,6 +112,7 @@ class Mailbox(FakeChat):
         """When the poll began that has brought each message last."""
         self.fails: list[Exception] = []
         self.out = 0
+        self.most_out = 0
         self.before_poll: Callable[[str], None] = lambda _: None
         self._cdn = cdn
 
@@ -121,9 +137,9 @@ class Mailbox(FakeChat):
         )
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        assert not self.out, "two polls at once"
         self.before_poll(cursor)
         self.out += 1
+        self.most_out = max(self.most_out, self.out)
         began = self._clock.monotonic()
         try:
             await asyncio.sleep(0.05)
@@ -163,75 +179,72 @@ class Stopping(Life):
 
 
 class Replica:
-    """Polls the bot as the supervisor lets it."""
+    """Runs as the service does, with the partitions that the model gives it."""
 
     def __init__(self, bench: Bench, life: Stopping) -> None:
         self.bench = bench
         self.life = life
-        self.session: BotPoller | None = None
-        self.poller: asyncio.Task[None] | None = None
-        self.goes_on = True
-        self.supervisor = bench.replica.supervisor
-        self.supervisor.shards = bench.shards
-        self.supervisor._others = bench  # type: ignore[assignment]
-        bench.bindings.add_listener(self._changed)
-        for name in SANDBOXES:
-            bench.shard(name)
-        self.supervisor.close(BOT)
-        self.keeper = asyncio.get_running_loop().create_task(self._keep())
+        self.is_well = True
+        """It may be given partitions."""
+        self.is_dead = False
+        self.is_stopped = False
+        """Until it has noticed that it was."""
+        self.cuts = 0
+        """Reasons for which it hears nobody, and nobody hears it."""
 
-    async def _keep(self) -> None:
-        while self.goes_on:
-            if self.bench.bindings.serving(BOT) is not None:
-                self.session = self.supervisor.pollers[BOT] = self.bench.new_poller(BOT)
-                self.poller = asyncio.get_running_loop().create_task(self.session.run())
-                await asyncio.wait([self.poller])
-                del self.supervisor.pollers[BOT]
-            await asyncio.sleep(0.2)
+    async def begin(self) -> None:
+        await self.bench.run(self._consume)
 
-    def _changed(self, bot: str, before: Any, after: Any) -> None:
-        self.supervisor.close(bot)
-        if self.session is not None and self.goes_on and (after is None or after.closing):
-            self.session.stop(immediately=True)
+    async def _consume(self, _: Partition) -> None:
+        await asyncio.Event().wait()
 
-    async def leave(self) -> None:
-        """Gives its shards away; a poll that waits ends when it is answered."""
-        self.goes_on = False
-        for shard in self.bench.shards.values():
-            await shard.drain(1.0)
-        self.bench.shards.clear()
-        if self.session is not None:
-            self.session.is_handed_over = True
-            self.session.stop(immediately=False)
-        self.bench.leases.owned.clear()
+    def take(self, number: int) -> None:
+        if self.is_well:
+            self.bench.leases.take(number)
+
+    @property
+    def polls(self) -> bool:
+        """A poll of the bot is out here, or its answer is not stored."""
+        poller = self.bench.replica.partitions.pollers.get(BOT)
+        return not self.is_dead and poller is not None and poller.is_out
+
+    def cut(self, by: int) -> None:
+        self.cuts += by
+        self.bench.core.is_cut = self.is_dead or self.cuts > 0
+
+    async def leave(self, seconds: float) -> None:
+        """As at SIGTERM: gives all away; polls that wait end when they are answered, if there is time."""
+        self.is_well = False
+        await self.bench.drain(seconds)
+        self.die()
 
     def die(self) -> None:
+        self.is_well, self.is_dead = False, True
         self.life.stop()
-        self.lose()
-        self._drop_shards()
-        if self.poller is not None:
-            self.poller.cancel()  # its connections end
+        self.bench.kill()
 
-    def lose(self) -> None:
-        """The lease and the shards are another's, and it hears of no binding."""
-        self.goes_on = False
-        self.bench.leases.owned.clear()
+    def stop(self) -> None:
+        """As SIGSTOP: its tenures are not valid when it goes on, and it knows the bindings of before."""
+        self.is_well, self.is_stopped = False, True
+        self.cut(1)
         self.bench.leases.has_lease = False
         self.bench.bindings_bucket.followers.remove(self.bench.bindings._apply_entry)
 
-    def notice(self) -> None:
-        """It was stopped, and joins anew."""
-        leases = self.bench.leases
-        leases.incarnation, leases.has_lease = f"{leases.incarnation}-again", True
-        self._drop_shards()
-        if self.session is not None:
-            self.session.stop(immediately=True)
-        leases.changed.notify_all()
+    def go_on(self) -> None:
+        self.life.go_on()
+        self.cut(-1)
 
-    def _drop_shards(self) -> None:
-        for shard in self.bench.shards.values():
-            shard.stop()
-        self.bench.shards.clear()
+    def notice(self) -> None:
+        """It has lost what it owned, and hears of bindings again."""
+        if self.is_dead:
+            return
+        bench = self.bench
+        bench.leases.lose()
+        bench.leases.has_lease = True
+        bench.bindings_bucket.followers.append(bench.bindings._apply_entry)
+        for entry in [*bench.bindings_bucket.entries.values()]:
+            bench.bindings._apply_entry(entry)
+        self.is_well, self.is_stopped = not bench.leases.draining, False
 
 
 class _Written(msgspec.Struct):
@@ -282,11 +295,14 @@ class Model:
         self.world.bus.on_publish = self._wait
         self.world.person_bucket.on_write = self._wait
         self.box.before_poll = self._check_cursor
-        self.control = Bench(self.world, incarnation="control")
+        self.control = Bench(self.world, instance="control")
         self.binder = self.control.binder()
         self.controlling = asyncio.Lock()
         self.all: list[Replica] = []
-        self.dead: set[str] = set()
+        self.homes: dict[int, Replica] = {}
+        """Whose each partition is, or is about to be."""
+        self.heirs: dict[int, tuple[Replica, float]] = {}
+        """Who gets a partition that is being released, and when."""
         self.waits: set[asyncio.Task[None]] = set()
         self.wrong: list[str] = []
         self.commands = 0
@@ -301,7 +317,9 @@ class Model:
     async def begin(self) -> None:
         self.control.bindings.add_listener(self._on_binding)
         await self._bind("s1", 0)
-        self.take_over()
+        first = await self._start()
+        for name in SANDBOXES:
+            self._pass_on(self.world.names.partition_of(name), first)
 
     def now(self) -> float:
         return self.world.clock.monotonic()
@@ -334,22 +352,55 @@ class Model:
 
     # replicas
 
-    def take_over(self) -> None:
+    async def _start(self) -> Replica:
         life = Stopping()
         bench = mortal(self.world, len(self.all) + 1, life)
-        bench.bus_up, bench.leases.proven_dead = self.up, self.dead
-        bench.publish_polled, bench.is_idle = self._publish_polled, self._is_idle  # type: ignore[method-assign]
-        self.owner = Replica(bench, life)
-        self.all.append(self.owner)
+        bench.bus_up = self.up
+        replica = Replica(bench, life)
+        bench.leases.on_released = self._on_released
+        self.all.append(replica)
+        await replica.begin()
+        return replica
 
-    async def _publish_polled(self, bot: str = "") -> None:
-        if self.up.is_set() and self.owner.life.is_going:
-            self.owner.supervisor.on_polled(bot)
+    async def _heir(self, number: int, *others: Replica) -> Replica:
+        """One of those who are well, or a new one."""
+        well = [each for each in self.all if each.is_well and each not in others]
+        return well[number] if number < len(well) else await self._start()
 
-    async def _is_idle(self, incarnation: str, bot: str) -> bool:
-        """What a replica says of which others believe that it polls a bot."""
-        here = [each for each in self.all if each.bench.leases.incarnation == incarnation]
-        return any(each.life.is_going and bot not in each.supervisor.pollers for each in here)
+    def _pass_on(self, number: int, heir: Replica, after_s: float = 0.0) -> None:
+        self.homes[number] = heir
+        self._later(after_s, partial(self._take, number, heir))
+
+    async def _take(self, number: int, heir: Replica) -> None:
+        if self.homes[number] is heir:
+            if heir.is_well:
+                heir.take(number)
+            else:  # it has died before it could
+                await self._inherit(heir, 0)
+
+    def _on_released(self, number: int) -> None:
+        if number in self.heirs:
+            self._pass_on(number, *self.heirs.pop(number))
+
+    async def _inherit(self, lost: Replica, heir: int) -> None:
+        """What a replica owned that renews no more is another's in time."""
+        for number, home in self.homes.items():
+            if home is lost:
+                self.heirs.pop(number, None)
+        await asyncio.sleep(TAKEN_OVER_S)
+        taker = await self._heir(heir, lost)
+        for number, home in [*self.homes.items()]:
+            if home is lost:
+                self._pass_on(number, taker)
+
+    def _who(self, who: str) -> Replica | None:
+        """None: there is nobody."""
+        binding = self.control.bindings.get(BOT)
+        owner = self.homes[self.world.names.partition_of(binding.sandbox if binding else "s1")]
+        poller = next((each for each in self.all if each.polls), None)
+        living = [each for each in self.all if not each.is_dead and each.life.is_going]
+        found = {"owner": owner, "poller": poller, "anybody": living[0] if living else None}[who]
+        return found if found in living else None
 
     def _later(self, seconds: float, then: Callable[[], object]) -> None:
         async def wait() -> None:
@@ -377,16 +428,16 @@ class Model:
         self.box.fails.append(stale_error if stale else Temporary("http_5xx"))
 
     async def lease(self, *, seconds: float) -> None:
-        leases, session = self.owner.bench.leases, self.owner.session
+        """The owner cannot renew, and nobody takes what it has."""
+        owner = self._who("owner")
+        if owner is None or not owner.is_well:
+            return
+        leases = owner.bench.leases
         leases.has_lease = False
-        leases.changed.notify_all()
-        if session is not None:
-            session.cancel_poll(for_lease=True)
 
         def back() -> None:
-            if leases.owned:
+            if owner.is_well:
                 leases.has_lease = True
-                leases.changed.notify_all()
 
         self._later(seconds, back)
 
@@ -394,36 +445,60 @@ class Model:
         self.up.clear()
         self._later(seconds, self.up.set)
 
-    async def die(self) -> None:
-        self.owner.die()
-        self.dead.add(self.owner.bench.leases.incarnation)
-        await asyncio.sleep(TAKEN_OVER_S)
-        self.take_over()
+    async def deaf(self, *, who: str, seconds: float) -> None:
+        """It hears nobody on plain NATS, and nobody hears it."""
+        if (replica := self._who(who)) is not None:
+            replica.cut(1)
+            self._later(seconds, lambda: replica.cut(-1))
 
-    async def freeze(self, *, kinds: list[str], is_done: bool, seconds: float) -> None:
-        """The owner stops as it stores something, and goes on when another one has its shards."""
-        owner = self.owner
-        owner.life.stops_at = is_done
+    async def die(self, *, who: str, heir: int) -> None:
+        if (dead := self._who(who)) is not None:
+            dead.die()
+            await self._inherit(dead, heir)
+
+    async def freeze(self, *, kinds: list[str], is_done: bool, seconds: float, heir: int) -> None:
+        """Who polls stops as it stores something, and goes on when another one has its partitions."""
+        if (stopped := self._who("poller")) is None or stopped.is_stopped:
+            return
+        stopped.life.stops_at = is_done
         await self.say(kinds=kinds)
         for _ in range(600):
-            if owner.life.stops_at is None:
+            if not stopped.life.is_going:
                 break
             await asyncio.sleep(0.1)
-        else:
-            owner.life.stops_at = None
+        if stopped.life.is_going or stopped.is_dead:
+            stopped.life.stops_at = None
             return
-        owner.lose()
-        self.dead.add(owner.bench.leases.incarnation)
-        await asyncio.sleep(TAKEN_OVER_S)
-        self.take_over()
-        self._later(seconds, owner.life.go_on)
-        self._later(seconds + NOTICED_S, owner.notice)
+        stopped.stop()
+        await self._inherit(stopped, heir)
+        self._later(seconds, stopped.go_on)
+        self._later(seconds + NOTICED_S, stopped.notice)
 
-    async def hand_over(self) -> None:
-        if not self.owner.bench.leases.is_valid or not self.up.is_set():
+    async def give(self, *, sandbox: str, heir: int, after_s: float, deaf_s: float) -> None:
+        """As one who has too many does; at times it gets the partition back, or hears nobody from then on."""
+        number = self.world.names.partition_of(sandbox)
+        giver = self.homes[number]
+        if giver.is_well and number in giver.bench.leases.owned and number not in self.heirs:
+            taker = giver if heir == 3 else await self._heir(heir, giver)
+            self.heirs[number] = taker, after_s
+            await giver.bench.replica.partitions.give(number)
+            if deaf_s:
+                giver.cut(1)
+                await asyncio.sleep(deaf_s)
+                giver.cut(-1)
+
+    async def leave(self, *, seconds: float, heir: int) -> None:
+        leaving = self._who("owner")
+        if leaving is None or not leaving.is_well:
             return
-        await self.owner.leave()
-        self.take_over()
+        taker = await self._heir(heir, leaving)
+        for number in leaving.bench.leases.owned:
+            self.heirs.setdefault(number, (taker, 0.0))
+        self._later(0.0, partial(self._leave, leaving, seconds))
+
+    async def _leave(self, leaving: Replica, seconds: float) -> None:
+        await leaving.leave(seconds)
+        await self._inherit(leaving, 0)
 
     async def bind(self, *, sandbox: str, token: int) -> None:
         self._later(0.0, partial(self._bind, sandbox, token))
@@ -456,16 +531,22 @@ class Model:
         await asyncio.sleep(60)
         self.up.set()
         self.box.fails.clear()
-        self.owner.bench.leases.has_lease = True
-        self.owner.bench.leases.changed.notify_all()
         async with asyncio.timeout(600):
-            await asyncio.gather(*self.waits)
+            while waits := [each for each in self.waits if not each.done()]:
+                await asyncio.gather(*waits)
         binding = self.control.bindings.get(BOT)
         await self._bind(binding.sandbox if binding else "s1", "last")
         await asyncio.sleep(400)
 
     def problems(self) -> list[str]:
         wrong = list(dict.fromkeys(self.wrong))
+        if self.box.most_out > 1:
+            wrong.append(f"polls: {self.box.most_out} at once")
+        if (out := [each.polls for each in self.all].count(True)) != 1:
+            wrong.append(f"polls: {out} at the end")
+        if left := {number: key.left for number, key in self.world.keys.items() if key.left}:
+            wrong.append(f"left: {left}")
+        wrong += [f"failed: {each.bench.failed}" for each in self.all if each.bench.failed]
         number_of = {said["create_time_ms"]: number for number, said in enumerate(self.box.said, 1)}
         kept = self.letters.union(*(time.got for time in self.times.values()))
         if missing := [number for ms, number in number_of.items() if ms not in kept]:

@@ -1,8 +1,8 @@
 """What control commands change: binds and unbinds bots, erases persons, and publishes the events of that.
 
 A bot leaves a sandbox in these steps, so that the next person gets nothing of the former one: its binding is marked
-as closing; the shard's owner releases the bot, ends the commands of its person, stores the end of the person's time
-and confirms; the binding is deleted. Each step may be repeated, and goes on where an earlier run has ended.
+as closing; the partition's owner releases the bot, ends the commands of its person, stores the end of the person's
+time and confirms; the binding is deleted. Each step may be repeated, and goes on where an earlier run has ended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
-from adapter.contract.names import Names, check_sandbox, person_token
+from adapter.contract.names import LAYOUT_KEY, Names, check_sandbox, person_token
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import BusRefused, Refused
 from adapter.kit.persist import Owner
@@ -122,6 +122,8 @@ class Binder:
         token = self._sealer.open_given(bind_context(command.sandbox, command.bot), token)
         if not all("!" <= char <= "~" for char in command.bot + token + user):
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        if command.bot == LAYOUT_KEY:
+            raise Refused("invalid", f"No bot is called {LAYOUT_KEY}.")
         if not command.check:
             return token
         for kind, ident, suffix in (("bot", command.bot, BOT_SUFFIX), ("user", user, USER_SUFFIX)):
@@ -226,7 +228,7 @@ class Binder:
         await self._announce(leaving, "unbound", command, reason=reason)
 
     async def _close(self, leaving: Collection[Binding], number: int) -> None:
-        """Marks bindings as closing, and returns once their shard's owner has confirmed."""
+        """Marks bindings as closing, and returns once their partition's owner has confirmed."""
 
         def closing(now: Binding) -> Binding | None:
             self._owner.check()  # the read may have been slow

@@ -1,4 +1,4 @@
-"""Control commands (bind, unbind, erase): one applier, the owner of shard 0, applies them in their stored order.
+"""Control commands (bind, unbind, erase): one applier, the owner of partition 0, applies them in their stored order.
 
 A command claims all its keys at once: its bot, its sandbox, the bot's present sandbox, a person who is named. It
 waits for earlier commands that have or want one of them. Commands without common keys are applied at the same time,
@@ -58,7 +58,7 @@ _KINDS: dict[str, type[ControlCommand]] = {"bind": Bind, "unbind": Unbind, "eras
 
 
 class Control:
-    """Applies commands during one tenure of shard 0."""
+    """Applies commands during one tenure of partition 0."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Control:
     async def run(self) -> None:
         """Applies commands until cancelled. The next owner gets those that have not ended."""
         try:
-            # the copy of the bucket here may lag behind what the former owner of shard 0 wrote last
+            # the copy of the bucket here may lag behind what the former owner of partition 0 wrote last
             await persist(self._bindings.reload, self._owner, self._clock, "control.reload")
             while True:
                 await self._changed.wait()

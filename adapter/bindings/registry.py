@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 import msgspec
 import structlog
 from msgspec import structs
 
 from adapter.contract.messages import BindingState
-from adapter.contract.names import Names, from_subject_token, to_subject_token
+from adapter.contract.names import LAYOUT_KEY, Names, from_subject_token, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused, Temporary
+from adapter.kit.batches import Batches
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.decoding import decode_record
 from adapter.observability.events import Events
@@ -55,6 +56,9 @@ class Bindings:
         self._unbound_s = unbound_s
         self._deleted: OrderedDict[str, int] = OrderedDict()
         """Revisions of the last deletions, since a read that began before one may end after it."""
+        self._catching_up = Batches(self._read_tail)
+        self._read_to = 0
+        """Revision up to which the bucket was read."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     async def wait_loaded(self) -> None:
@@ -178,6 +182,17 @@ class Bindings:
             if to_subject_token(binding.bot) not in keys:  # it was deleted
                 await self.refresh(binding.bot)
 
+    async def catch_up(self) -> None:
+        """Returns when all is known here that was bound until this call; one read for many callers. Raises
+        Temporary."""
+        await self._catching_up.get("")
+
+    async def _read_tail(self, keys: Sequence[str]) -> Mapping[str, None]:
+        for entry in await self._bucket.read_since(self._read_to):
+            self._apply_entry(entry)
+            self._read_to = max(self._read_to, entry.revision)
+        return {}
+
     async def on_connect(self, _: object) -> None:
         """Called before a new connection is used."""
         self.is_current = False
@@ -190,6 +205,8 @@ class Bindings:
         self.changed.notify_all()
 
     def _apply_entry(self, entry: Entry) -> None:
+        if entry.key == LAYOUT_KEY:
+            return
         try:
             bot = from_subject_token(entry.key)
         except ValueError:  # another program's key

@@ -17,6 +17,7 @@ import structlog
 
 from adapter.bridge import sending
 from adapter.bridge.commands import Part, decode_command, read_command
+from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.receipts import Address, is_final, result_of
 from adapter.bridge.record import CommandRef
@@ -24,7 +25,6 @@ from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.contract.messages import Window
 from adapter.errors import Crashed, Refused, Temporary, Unreadable
 from adapter.kit.persist import persist
-from adapter.ownership.tenure import Tenure
 
 log = structlog.get_logger()
 

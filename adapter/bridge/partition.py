@@ -11,6 +11,7 @@ belongs to whom a former owner was sending it, or had parked it for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,11 +20,14 @@ import structlog
 
 from adapter.bridge import sending
 from adapter.bridge.commands import PEER, command_id, decode_command, identity_of, read_command, salvage_ids
+from adapter.bridge.handover import Handover, say_polled
 from adapter.bridge.inflight import NO_WINDOW, InFlight
+from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.persons import binding_of
 from adapter.bridge.receipts import Address
+from adapter.bridge.sender import Phase
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract.names import H_MSG_ID, command_traceparent, person_token
@@ -39,27 +43,29 @@ from adapter.errors import (
     Unreadable,
 )
 from adapter.kit.tasks import TaskSet
-from adapter.ownership.tenure import Tenure
 from adapter.ports import Delivery
 
 log = structlog.get_logger()
 
 DRAIN_S, CANCEL_GRACE_S = 5.0, 1.0
-"""Time to hide typing indicators and store records at the end, and for cancelled tasks to end."""
+"""Time to hide typing indicators at the end, and for cancelled tasks to end."""
+SAVE_S = 0.5
+"""Longest time for which a partition that is given away waits for records. They say what a person may quote."""
 MAX_REPLY_TO = 256
 """Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 
 
 class Partition:
-    """What one owned partition has in memory. It ends with `drain` or `stop`."""
+    """What one owned partition has in memory. It ends with `leave` or `stop`."""
 
-    def __init__(self, number: int, parts: Parts) -> None:
-        self.number = number
+    def __init__(self, tenure: Tenure, parts: Parts) -> None:
+        self.number = tenure.number
         self.parts = parts
-        self.tenure = Tenure(number, parts.leases, parts.ticks.wait_tick)
+        self.tenure = tenure
+        self.handover = Handover(tenure, parts)
         self.is_draining = False
         self.commands = InFlight(parts, self.tenure)
-        self.typing = TypingIndicators(parts.chat, parts.clock, self.tenure.check)
+        self.typing = TypingIndicators(parts.chat, parts.clock, tenure.check)
         self._persons: dict[str, dict[PersonKey, Person]] = {}
         """By sandbox."""
         self._tasks = TaskSet("partition")
@@ -90,7 +96,7 @@ class Partition:
         key = binding.key
         of_sandbox = self._persons.setdefault(key.sandbox, {})
         if (person := of_sandbox.get(key)) is None:
-            person = of_sandbox[key] = Person(key, self.parts, self.tenure, self.commands, self.typing)
+            person = of_sandbox[key] = Person(key, self.parts, self.tenure, self.handover, self.commands, self.typing)
             person.check_binding()
         return person
 
@@ -279,22 +285,35 @@ class Partition:
 
     # the end ----------------------------------------------------------------------------------------
 
-    async def drain(self, grace_s: float) -> None:
-        """Starts nothing more, gives requests `grace_s` seconds, stores what was sent last, and stops."""
+    async def leave(self) -> None:
+        """Starts nothing more, since the partition is given away, and stores what was sent last. Requests that are
+        out go on: `wait_sent`."""
         self.is_draining = True
-        self._tasks.spawn(self.typing.drain(min(grace_s, DRAIN_S)))
-        running = [task for each in self if (task := each.sender.stop(at_once=False)) is not None]
-        if running:
-            await asyncio.wait(running, timeout=grace_s)
+        self._tasks.spawn(self.typing.drain(DRAIN_S))
         for person in self:
-            if person.has_unsaved_sends:
-                self._tasks.spawn(_save_once(person))
-        if not await self._tasks.wait_ended(min(grace_s, DRAIN_S)):
-            log.warning("commands.cancelled", partition=self.number, tasks=len(self._tasks))
+            person.sender.stop(at_once=False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SAVE_S):
+                counted = [person.sender for person in self if person.sender.phase is Phase.COUNTED]
+                await asyncio.gather(*(sender.wait_ended() for sender in counted))  # they take it back
+                unsaved = [each for each in self if each.has_unsaved_sends and not each.sender.is_sending]
+                await asyncio.gather(*map(_save_once, unsaved))
+
+    @property
+    def sending(self) -> list[Person]:
+        """The persons to whom a request is out, or whose receipts are being stored."""
+        return [person for person in self if person.sender.is_sending]
+
+    async def wait_sent(self) -> None:
+        """Waits for the requests that are out, and tells the next owner of each end."""
+        await asyncio.gather(*(self._wait_sent(person) for person in self.sending))
+        await self._tasks.wait_ended(DRAIN_S)
         self.stop()
         await self._tasks.wait_ended(CANCEL_GRACE_S)
-        if running:
-            await asyncio.wait(running, timeout=CANCEL_GRACE_S)
+
+    async def _wait_sent(self, person: Person) -> None:
+        await person.sender.wait_ended()
+        await say_polled(self.parts, self.number, person=person.key.key)
 
     def stop(self) -> None:
         """Stops at once, since the partition is lost."""

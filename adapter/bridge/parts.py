@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -11,6 +12,7 @@ from adapter.bindings.registry import Bindings
 from adapter.bridge.commands import Limits
 from adapter.bridge.media import MediaFetcher
 from adapter.bridge.persons import Persons
+from adapter.bridge.presence import Presence
 from adapter.bridge.receipts import Receipts
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSessions, Successes
@@ -20,9 +22,6 @@ from adapter.kit.slots import FairSlots
 from adapter.kit.timing import Clock, PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
-from adapter.ownership.polls import Polls
-from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import Bus, Chat, CoreBus, History, InboundMessage
 from adapter.security.seal import Sealer
 
@@ -62,10 +61,7 @@ class Parts(msgspec.Struct, frozen=True):
     bindings: Bindings
     names: Names
     sealer: Sealer
-    # who owns what
-    leases: Leases
-    polls: Polls
-    others: OtherReplicas
+    presence: Presence
     # rules
     policy: SendPolicy
     limits: Limits
@@ -73,19 +69,17 @@ class Parts(msgspec.Struct, frozen=True):
     """Pauses between retries of a token that iLink has refused (-14)."""
     login_polls_s: Sequence[float]
     """When a binding that needs a login is polled all the same (poller.LOGIN_POLLS_S)."""
-    keep_s: int
-    """Seconds for which the poll key of an unbound bot is kept."""
     max_payload: Callable[[], int]
     is_writable: Callable[[], bool]
     """Whether `wait_writable` would return at once."""
-    wait_writable: Callable[[], Awaitable[None]]
+    wait_writable: Callable[[], Coroutine[Any, Any, object]]
     """Returns when the bus accepts what a poll may bring; no poll starts before."""
     # what spreads the work of thousands of bots, which would otherwise delay the event loop and the lease
     bodies: Bodies
     slots: Mapping[str, FairSlots]
     """Requests to sendmessage that may be out at the same time, by base URL: one that hangs delays no other."""
     takeovers: asyncio.Semaphore
-    """Bounds how many bots are taken at once."""
+    """Bounds how many persons are read at once."""
     starts: RateLimiter
     """Spreads the first polls, and those after an outage. Polls that begin together end together, and would begin
     together for ever."""

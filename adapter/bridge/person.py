@@ -18,7 +18,9 @@ import msgspec
 
 from adapter.bridge import window
 from adapter.bridge.entries import StoredEntry
+from adapter.bridge.handover import Handover
 from adapter.bridge.inflight import InFlight
+from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.persons import StoredPerson, binding_of
 from adapter.bridge.record import BOTS_KEPT, PersonState
@@ -29,7 +31,6 @@ from adapter.bridge.window import InboundReceived
 from adapter.content.dedup import KEEP, SIZE, DedupWindow, lines_of
 from adapter.contract.records import PersonKey
 from adapter.errors import Conflict, StaleRead
-from adapter.ownership.tenure import Tenure
 
 CURSOR_SAVED_S = 86_400.0
 """Time after which the cursor of a silent person is stored."""
@@ -77,7 +78,13 @@ class Person:
     """What memory has of a person while this replica owns them, and beyond that while a poll of theirs is open."""
 
     def __init__(
-        self, key: PersonKey, parts: Parts, tenure: Tenure, commands: InFlight, typing: TypingIndicators
+        self,
+        key: PersonKey,
+        parts: Parts,
+        tenure: Tenure,
+        handover: Handover,
+        commands: InFlight,
+        typing: TypingIndicators,
     ) -> None:
         self._parts = parts
         self.key = key
@@ -91,6 +98,7 @@ class Person:
         """Sequence of the subject's newest entry as it is known here, which the next entry expects."""
         self.seen = DedupWindow()
         self.tenure = tenure
+        self.handover = handover
         self.sender = Sender(self, parts, tenure, commands, typing)
         self._saved = Saved(None, 0)
         self._written = self.state
@@ -258,7 +266,7 @@ class Person:
             self.state = _with_bots(self.state, self.bot.id, ())
 
     def _open_window(self, opened: InboundReceived) -> None:
-        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.phase is Phase.SENDING)
+        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.phase in (Phase.COUNTED, Phase.SENDING))
         self.state = window.open_window(self.state, opened, now_ms, in_flight)
 
 

@@ -1,19 +1,17 @@
 """Polls iLink for one bot. Knows neither HTTP nor NATS.
 
-    take → read → poll → receive → poll → … → release
+    take → poll → receive → poll → …
 
-A poller takes its bot by writing its replica's name into the bot's poll key, once no other replica polls it. It reads
-the newest entry of its person, then polls. An answer is stored before the next poll, which lets iLink forget it. A
-poll that waits is cut only for a reason that cannot wait, since iLink may count an answer as delivered that nobody
-reads.
+A poller waits until no former owner of the partition can have a poll of the bot. An answer is stored before the next
+poll, which lets iLink forget it. A poll that waits is cut only for a reason that cannot wait, since iLink may count
+an answer as delivered that nobody reads.
 
-The supervisor runs one `BotPoller` for each bot of the replica's partitions, and ends it by `stop`.
+`Partitions` runs one `BotPoller` for each bot of the replica's partitions, and ends it by `stop`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -23,6 +21,7 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import mark_login, publish_login_event
+from adapter.bridge.handover import say_polled
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import OVER, Person
 from adapter.bridge.receive import Receiver
@@ -30,9 +29,8 @@ from adapter.bridge.sessions import BotSession
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
 from adapter.kit.persist import persist
-from adapter.kit.timing import ChangeSignal, backoff, shield_with_grace
+from adapter.kit.timing import ChangeSignal, backoff, shield_with_grace, wait_any
 from adapter.observability.decoding import log_once
-from adapter.ownership.polls import PollClaim
 from adapter.ports import HOLD_MS, Polled
 from adapter.security.seal import cursor_context
 
@@ -43,9 +41,7 @@ class State(enum.StrEnum):
     """What a poller does, as `bindings`, `doctor` and the console show it."""
 
     WAITING = "waiting"
-    """Another replica may still poll the bot."""
-    TAKING = "taking"
-    """The bot is taken, and its person's newest entry is read."""
+    """A former owner of the partition may still poll the bot."""
     POLLING = "polling"
     """A long poll is out."""
     STORING = "storing"
@@ -58,8 +54,6 @@ class State(enum.StrEnum):
     """iLink has refused the bot's token (-14), which is tried a few times more; nothing is sent."""
     NEEDS_LOGIN = "needs_login"
     """iLink refuses the token; polls are rare, and a login is needed."""
-    RELEASING = "releasing"
-    """The bot is given back, to another replica or because it serves nobody."""
     ENDED = "ended"
     """The poller is over."""
 
@@ -81,14 +75,11 @@ LOGIN_POLLED_OFTEN_S at that one. A verdict may be wrong: iLink answers -14 for 
 LOGIN_POLLED_OFTEN_S = 3 * 86_400.0
 AFTER_CANCEL_S = 0.2
 """Pause between a poll that was cut and the bot's next poll."""
-RELEASE_GRACE_S = 1.0
-"""Time of a poller that was cancelled to release its bot."""
+END_GRACE_S = 1.0
+"""Time of a poller that was cancelled to tell others of its end."""
 DEAD_PATH_AFTER = 3
 """Consecutive client timeouts without any answer after which the connection counts as dead
 (docs/reference/ilink-protocol.md, "getupdates")."""
-QUERY_EVERY = 12
-"""Attempts to take a bot after which all replicas are asked for its poller. They last some 30 s, in which most polls
-of bots that are handed over end, so that few of thousands ask."""
 ANSWER_GRACE_S = 0.2
 """Time for a poll that is cut to bring an answer that has arrived. After a pause of the process the answer may lie in
 the socket, and iLink may count it as delivered."""
@@ -145,7 +136,8 @@ class _Refusal(msgspec.Struct):
 
 
 class BotPoller:
-    """Polls one bot, from when its partition is taken until it is released."""
+    """Polls one bot, from when its partition begins until it is another replica's, and a poll that is out has
+    ended."""
 
     def __init__(
         self,
@@ -154,7 +146,7 @@ class BotPoller:
         open_person: Callable[[Binding], Awaitable[Person | None]],
         on_session_changed: Callable[[Binding], None],
     ) -> None:
-        """`open_person`: the person of a binding once their partition works here; None: another replica owns it.
+        """`open_person`: the person of a binding once their partition has begun; None: another replica owns it.
         `on_session_changed`: called when a bot may or may no longer send, as its token is refused or taken again."""
         self.bot = bot
         self.person: Person | None = None
@@ -164,12 +156,11 @@ class BotPoller:
         self.unanswered_since = 0.0
         """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
         pause."""
-        self.is_handed_over = False
-        """The partition was handed over; the bot is released after the poll that waits."""
+        self.is_out = False
+        """A poll is out, or its answer is not stored yet."""
         self._parts = parts
         self._open_person = open_person
         self._on_session_changed = on_session_changed
-        self.claim: PollClaim | None = None
         self._wish = Wish.NONE
         self._wake = ChangeSignal()
         """A pause is to end: `_wish` has changed."""
@@ -189,6 +180,16 @@ class BotPoller:
     def stopping(self) -> bool:
         """The poller ends at the next poll boundary."""
         return self._wish >= Wish.STOP
+
+    @property
+    def partition(self) -> int:
+        """The partition of the person; -1: it has not begun."""
+        return self.person.tenure.number if self.person is not None else -1
+
+    @property
+    def is_given_away(self) -> bool:
+        """The partition in which it polls is another replica's, or nobody's."""
+        return self.person is not None and self.person.tenure.is_over
 
     @property
     def has_answer(self) -> bool:
@@ -216,11 +217,6 @@ class BotPoller:
             end = partial(loop.call_soon, self._end_poll, for_lease)
             loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
 
-    def on_polled(self) -> None:
-        """Another replica's poll of the bot has ended: who waits for it looks again."""
-        if self.person is None:
-            self.cancel_poll()
-
     # the life of a poller ---------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -235,8 +231,7 @@ class BotPoller:
         finally:
             self._end_refusal()
             self.session.is_taken, self.session.poll_now = False, None  # breaks a reference cycle
-            if self.claim is not None:
-                await shield_with_grace(self._release(self.claim), RELEASE_GRACE_S)
+            await shield_with_grace(self._tell_end(), END_GRACE_S)
             sessions.forget(self.bot, self.session)
             self._enter(State.ENDED)
 
@@ -275,7 +270,8 @@ class BotPoller:
         bot is not bound. Raises LeaseLost, Refused, Temporary."""
         parts = self._parts
         serving = parts.bindings.serving(self.bot)
-        if self.person is None or (serving is not None and serving.key != self.person.key):
+        person = self.person
+        if person is None or person.tenure.is_over or (serving is not None and serving.key != person.key):
             if (person := await self._take_bot()) is None:
                 return None
             self.person = person
@@ -283,6 +279,7 @@ class BotPoller:
             if not self.stopping():
                 await self._notify(start=True)
         self.unanswered_since = self.unanswered_since or parts.clock.monotonic()
+        assert self.person is not None
         binding = await self._wait_until_pollable(self.person)
         if binding is not None and self.person.user and not binding.user:
             binding = await self._learn_user(binding, self.person.user)
@@ -290,7 +287,7 @@ class BotPoller:
 
     async def _learn_user(self, binding: Binding, user: str) -> Binding:
         """Adds the user whom the first message has told. Raises LeaseLost, Temporary."""
-        self._check_owned(binding)
+        self._check()
         learned = await self._parts.bindings.update(
             self.bot,
             lambda now: None if now.user or now.key != binding.key else msgspec.structs.replace(now, user=user),
@@ -302,44 +299,46 @@ class BotPoller:
             self.shown = _Shown(state, self._parts.clock.monotonic())
         self.shown.why = why
 
-    def _check_owned(self, binding: Binding) -> None:
-        """Raises LeaseLost unless this replica owns the partition of the bot's sandbox."""
-        self._parts.leases.ensure_owned(self._parts.names.partition_of(binding.sandbox))
+    def _check(self) -> None:
+        """Raises LeaseLost unless this replica owns the person's partition now."""
+        assert self.person is not None
+        self.person.tenure.check()
 
     # taking -----------------------------------------------------------------------------------------
 
     async def _take_bot(self) -> Person | None:
-        """Takes the bot once no other replica can poll it, and reads the newest entry; None: the poller must stop.
-        Raises Temporary, LeaseLost, Refused."""
-        attempts, parts = 0, self._parts
+        """The bot's person, once no former owner can have a poll of the bot; None: the poller must stop. Raises
+        Temporary, LeaseLost, Refused."""
+        parts = self._parts
+        await self._tell_polled()  # a poll of before may have been out
         while not self.stopping() and (binding := parts.bindings.serving(self.bot)) is not None:
-            self._check_owned(binding)
-            parts.sessions.account(binding)  # who cannot open the bot's token does not take it
-            if self.claim is None:
-                self._enter(State.WAITING, self.shown.why)
-                async with parts.takeovers:
-                    taken = await parts.polls.take(self.bot)
-                if isinstance(taken, PollClaim):
-                    self.claim = taken
-                else:
-                    self.shown.why = f"{taken} has not released it"
-            if self.claim is not None:
-                self._enter(State.TAKING)
-                if (person := await self._open_person(binding)) is None:
-                    raise LeaseLost("shard_lost", self.bot)
-                await person.open()
-                await person.read_newest()  # a former owner's poll may have brought something since
-                self.session.is_taken = True
-                self._end_cut()
-                return person
-            attempts += 1
-            if attempts % QUERY_EVERY == 0 and await parts.polls.clear_idle(self.bot, parts.others.is_idle):
+            parts.sessions.account(binding)  # who cannot open the bot's token does not poll
+            self._enter(State.WAITING, self.shown.why)
+            if (person := await self._open_person(binding)) is None:
+                raise LeaseLost("partition_lost", self.bot)
+            handover, tenure = person.handover, person.tenure
+            if tenure.is_over:
+                raise LeaseLost("partition_lost", self.bot)
+            was_given = not handover.may_poll(self.bot)
+            if was_given:
+                self._enter(State.WAITING, "A former owner of its partition may still poll it.")
+                await self._wait_until(handover.changed, partial(self._may_begin, person))
+            if tenure.is_over:
+                raise LeaseLost("partition_lost", self.bot)
+            if self.stopping() or not handover.may_poll(self.bot):
                 continue
-            wait_s = backoff(attempts, first_s=0.1, longest_s=4.0)
-            wait_s += parts.clock.jitter(wait_s / 2)
-            await self._pause(wait_s)
-            self._end_cut()  # the loop checks the reason again
+            async with parts.takeovers:
+                await person.open()
+                if was_given:
+                    await person.read_newest()  # the former owner's poll may have brought something
+            self.session.is_taken = True
+            self._end_cut()
+            return person
         return None
+
+    def _may_begin(self, person: Person) -> bool:
+        """Whether nobody else polls the bot, or the partition is lost."""
+        return person.handover.may_poll(self.bot) or person.tenure.is_over
 
     # polling ----------------------------------------------------------------------------------------
 
@@ -353,11 +352,14 @@ class BotPoller:
         while not self.stopping():
             if not parts.is_writable():
                 self._enter(State.PAUSED, "NATS accepts no writes.")
-                await parts.wait_writable()
+                await wait_any(parts.wait_writable(), self._wake.wait_until(self.stopping))
                 continue
-            if not parts.leases.is_valid:
-                self._enter(State.PAUSED, "The lease of this replica is not valid.")
-                await self._wait_until(parts.leases.changed, lambda: parts.leases.is_valid)
+            tenure = person.tenure
+            if tenure.is_over:
+                raise LeaseLost("lease_lost", self.bot)
+            if not tenure.is_valid:
+                self._enter(State.PAUSED, "The lease of its partition is not valid.")
+                await self._wait_until(tenure.changed, tenure.is_settled)
                 await self._pause(parts.starts.reserve_delay_s())
                 await parts.ticks.wait_tick()
                 self.unanswered_since = clock.monotonic()
@@ -376,7 +378,7 @@ class BotPoller:
                 self._end_refusal()
                 refusal = None
             if refusal is not None and refusal.times >= len(parts.stale_retry_s):
-                self._check_owned(binding)  # another replica may poll by now
+                self._check()  # another replica may poll by now
                 await mark_login(bindings, clock, binding, "needs_login")
                 continue  # its event has the words of the refusal
             if is_due:
@@ -397,7 +399,7 @@ class BotPoller:
 
     async def _poll_once(self, binding: Binding, person: Person) -> None:
         """One long poll, and what its answer asks for. Raises LeaseLost, Refused, Temporary."""
-        parts, pace, began = self._parts, self._pace, self._parts.clock.monotonic()
+        pace, began = self._pace, self._parts.clock.monotonic()
         if binding.key != person.key:
             return  # the bot serves another person: `_prepare` takes them
         if not pace.has_failed:  # only what comes before a poll
@@ -411,7 +413,14 @@ class BotPoller:
             self._enter(State.RETRYING, self.shown.why)
         else:
             self._enter(State.POLLING)
-        started = person.position
+        try:
+            await self._poll_and_store(binding, person, began)
+        finally:
+            self.is_out = False
+
+    async def _poll_and_store(self, binding: Binding, person: Person, began: float) -> None:
+        """As `_poll_once`."""
+        parts, pace, started = self._parts, self._pace, person.position
         try:
             polled = await self._poll(binding, self._cursor_of(person, binding))
         except SessionExpired as exc:
@@ -456,20 +465,14 @@ class BotPoller:
         if not (self._is_announced or polled.messages or self.stopping()):
             await self._notify(start=True)  # one client had its sends refused until iLink knew of the bot
 
-    def _known_cursor(self, person: Person) -> str | None:
-        """That of memory; None: the person has none of this bot."""
-        return person.state.cursor if person.state.bot == self.bot else None
-
     def _cursor_of(self, person: Person, binding: Binding) -> str:
-        """iLink's newest cursor; that of the bind as long as neither entry nor record has one, or that of before."""
+        """iLink's newest cursor; that of the bind as long as neither entry nor record has one."""
         parts, context = self._parts, cursor_context(self.bot)
-        if (known := self._known_cursor(person)) is not None:
-            return known
+        if person.state.bot == self.bot and person.state.cursor is not None:
+            return person.state.cursor
         try:
             if binding.start_cursor:
                 return parts.sealer.open(context, binding.start_cursor)
-            if self.claim is not None and self.claim.sealed:
-                return parts.sealer.open_bytes(context, self.claim.sealed).decode()
         except Refused as exc:
             log_once("cursor.unopenable", bot=self.bot, detail=exc.detail)
         return ""
@@ -477,12 +480,11 @@ class BotPoller:
     async def _poll(self, binding: Binding, cursor: str) -> Polled | None:
         """One long poll; None: no answer in time, or it was cut. Raises SessionExpired, Temporary, LeaseLost,
         Refused."""
-        self._check_owned(binding)
-        if self.claim is not None:
-            self.claim.check()
         account = self._parts.sessions.account(binding)
+        self._check()
         if self._is_cut:
             return None
+        self.is_out = True
         task = self._waiting = asyncio.current_task()
         assert task is not None
         try:
@@ -500,9 +502,8 @@ class BotPoller:
     def _end_poll(self, for_lease: bool) -> None:
         """Ends the waiting poll, even one that began after `cancel_poll`, since the reason still holds; not one that
         has its answer."""
-        if for_lease and self.claim is not None:
-            with contextlib.suppress(LeaseLost):
-                return self.claim.check()  # it never belonged to another replica
+        if for_lease and self.person is not None and self.person.tenure.is_valid:
+            return  # it never belonged to another replica
         if self._waiting is not None and self._is_cut and not self.has_answer:
             waiting, self._waiting = self._waiting, None
             waiting.cancel()
@@ -551,8 +552,8 @@ class BotPoller:
 
     async def _on_accepted(self, binding: Binding) -> None:
         """The verdict on a refused token was wrong, or is not true any more. Raises LeaseLost."""
-        parts, claim = self._parts, self.claim
-        assert claim is not None
+        parts, person = self._parts, self.person
+        assert person is not None
         if binding.state == "needs_login":
             tell: Callable[[], Awaitable[object]] = partial(
                 mark_login, parts.bindings, parts.clock, binding, "active"
@@ -560,7 +561,7 @@ class BotPoller:
         else:
             self._end_refusal()
             tell = partial(parts.events.publish_binding_event, binding.event("recovered"))
-        await persist(tell, claim, parts.clock, "binding", bot=self.bot)
+        await persist(tell, person.tenure, parts.clock, "binding", bot=self.bot)
         log.info("session.recovered", bot=self.bot)
 
     def _end_refusal(self) -> None:
@@ -571,30 +572,18 @@ class BotPoller:
 
     # the end ----------------------------------------------------------------------------------------
 
-    async def _release(self, claim: PollClaim) -> None:
-        """Removes this replica's name from the poll key, so that the next owner need not wait for the lease to
-        expire.
-
-        Retries until it succeeds, since no other replica can take the bot while this replica lives.
-        """
-        parts = self._parts
-        self._enter(State.RELEASING)
-
-        async def release() -> bool:
-            is_unbound = parts.bindings.serving(self.bot) is None
-            cursor = self._known_cursor(self.person) if is_unbound and self.person is not None else None
-            # without one, that of before the binding stays: an entry may never have been stored
-            sealed = parts.sealer.seal_bytes(cursor_context(self.bot), cursor.encode()) if cursor else claim.sealed
-            await claim.release(sealed=sealed, ttl_s=parts.keep_s if is_unbound else 0)
-            return is_unbound
-
-        try:
-            is_unbound = await persist(release, claim, parts.clock, "release", bot=self.bot)
-        except LeaseLost:
-            return
-        await parts.others.publish_polled(self.bot)
-        if is_unbound or (self.is_handed_over and parts.leases.is_alone):
+    async def _tell_end(self) -> None:
+        """Tells other replicas, and iLink if nobody polls the bot from now on."""
+        parts, person = self._parts, self.person
+        await self._tell_polled()
+        is_last = person is not None and person.tenure.is_over and not parts.presence.counting()
+        if person is not None and (is_last or parts.bindings.serving(self.bot) is None):
             await self._notify(start=False)  # otherwise the next owner has already told iLink that it polls
+
+    async def _tell_polled(self) -> None:
+        """Tells the next owner of the partition that no poll of the bot is out here any more."""
+        if (person := self.person) is not None and person.tenure.is_over:
+            await say_polled(self._parts, person.tenure.number, bot=self.bot)
 
     # small things -----------------------------------------------------------------------------------
 

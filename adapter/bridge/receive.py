@@ -26,6 +26,7 @@ import structlog
 
 from adapter.bridge import window
 from adapter.bridge.entries import Entry, OpenedWindow, Secrets, clear_of, encode_entry, fitting, new_nonce
+from adapter.bridge.handover import say_polled
 from adapter.bridge.media import name_media
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import OVER, AnswerState, Person, Status
@@ -141,7 +142,7 @@ class Receiver:
             took_s = max(0, parts.clock.now_ms() - self._received_ms) / 1000
             parts.metrics.inbound_publish_duration.observe(took_s)
             if not self._is_owner():
-                await parts.others.publish_polled(self._bot)
+                await say_polled(parts, person.tenure.number, bot=self._bot)
         return bool(stored) or is_cursor_new or not self._those("repeat")
 
     def _those(self, outcome: str) -> list[Received]:

@@ -24,6 +24,7 @@ import msgspec
 import structlog
 
 from adapter.bridge.commands import command_id, decode_command, salvage_ids, sandbox_of
+from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import CommandRef
@@ -33,7 +34,6 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, UNROUTED, fo
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
-from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, Delivery
 
 log = structlog.get_logger()

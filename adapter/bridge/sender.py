@@ -23,6 +23,7 @@ import structlog
 from adapter.bridge import sending, window
 from adapter.bridge.commands import MERGE_SEPARATOR, MediaPart, client_id
 from adapter.bridge.inflight import InFlight
+from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import SendProgress
@@ -46,7 +47,6 @@ from adapter.errors import (
 )
 from adapter.kit.persist import ATTEMPTS, persist
 from adapter.kit.timing import ChangeSignal, backoff
-from adapter.ownership.tenure import Tenure
 from adapter.ports import Accepted, Content
 
 if TYPE_CHECKING:
@@ -83,9 +83,11 @@ class Phase(enum.IntEnum):
 
     WAITING = 0
     """It waits, or prepares a request: nothing is lost if it ends."""
-    SENDING = 1
-    """A request is counted, and has no answer yet."""
-    ENDING = 2
+    COUNTED = 1
+    """A request is counted, and that is being stored."""
+    SENDING = 2
+    """The request is out, and has no answer yet."""
+    ENDING = 3
     """The answer is there, and its receipts or the record are being stored: a drain lets this end, as a request."""
 
 
@@ -208,12 +210,21 @@ class Sender:
         """Nothing is in its hands."""
         return self._task is None and not self.queue
 
-    def stop(self, *, at_once: bool) -> asyncio.Task[None] | None:
+    @property
+    def is_sending(self) -> bool:
+        """A request is out, or what follows from its answer is being stored."""
+        return self._task is not None and self.phase is not Phase.WAITING
+
+    def stop(self, *, at_once: bool) -> None:
         """Ends, `at_once` where the partition is another replica's, else behind a request under way."""
         self._is_leaving = True
         if self._task is not None and (at_once or self.phase is Phase.WAITING):
             self._task.cancel()
-        return self._task
+
+    async def wait_ended(self) -> None:
+        """Returns when it does nothing more."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     # the loop ---------------------------------------------------------------------------------------
 
@@ -280,6 +291,9 @@ class Sender:
         """Does the next thing for the first command."""
         parts, person, queue = self._parts, self._person, self.queue
         await parts.ticks.wait_tick()
+        if not (handover := person.handover).may_send(person.key.key):  # a former owner may still send to them
+            await handover.changed.wait_until(lambda: handover.may_send(person.key.key) or self._tenure.is_over)
+            self._tenure.check()
         if not person.is_open and not await self._open():
             return
         if self._must_save:
@@ -511,7 +525,7 @@ class Sender:
             now_ms = parts.clock.now_ms()
             if sending.blocker(group[0], person.state, bot, parts.policy, now_ms) or not self._is_wanted(bot, group):
                 return
-            self.phase = Phase.SENDING
+            self.phase = Phase.COUNTED
             try:
                 answer = await self._request(bot, progress, content, group)
             finally:
@@ -543,6 +557,7 @@ class Sender:
         if not is_wanted:
             self._take_back()
             return None
+        self.phase = Phase.SENDING
         parts.successes.note_post(bot.account.base_url, person.key)
         try:
             return await parts.chat.send(

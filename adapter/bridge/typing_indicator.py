@@ -104,7 +104,8 @@ class TypingIndicators:
                 ticket = await self._ticket(account, user, context_token)
                 shown.changed.clear()
                 is_on = clock.monotonic() < shown.until
-                self._ensure_owner()
+                if not self._is_ending:  # what is shown may be hidden by who gives the partition away
+                    self._ensure_owner()
                 try:
                     await self._chat.show_typing(account, user, ticket, on=is_on)
                 except Temporary:

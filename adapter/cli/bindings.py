@@ -201,8 +201,7 @@ async def bindings(
     All replicas are asked how they poll their bots. States: not_polled (no replica polls it), too_new (a newer
     version wrote its binding), failing (for a minute iLink has answered no poll, or its answer could not be stored),
     needs_login, unknown (a replica gave no answer), stale (iLink refuses the token, which is tried again), paused
-    (NATS or the lease is away), retrying, releasing, waiting (another replica may still poll it), taking, storing,
-    polling.
+    (NATS or the lease is away), retrying, waiting (another replica may still poll it), storing, polling.
     """
     wanted = {each for one in state for each in (TROUBLE if one == "trouble" else (one,))}
     async with connected_bus() as bus:

@@ -23,15 +23,20 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import CheckState, Finding
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
+from adapter.contract.records import Lease
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.copies import lacking_copies, sentences
 from adapter.jetstream.microservice import SERVICE
+from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import NEWEST_ILINK_VERSION, PREFIX, variable_of
 
 PING_S = 1.0
+SILENT_S = 15.0
+"""Age of a partition's key at which nobody renews it: its owner writes it each second, and is replaced within
+seconds of its death."""
 SPARE = 0.9
 """Part of the capacity without one replica that may be used, as in the alert WechatSpareCapacityLow."""
 _SEALED: dict[Sealing, str] = {
@@ -95,6 +100,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     there = await query_adapters(bus)
     checks.append(_check_adapters(there))
     if checks[-1].state != "fail":
+        checks += await _attempt("partitions", _check_partitions(bus))
         checks += await _attempt("bindings", _check_bindings(bus, there))
         checks += await _attempt("acknowledgements", permission_checks.check_acknowledged(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -289,6 +295,41 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in version.split(".")]
 
 
+async def _check_partitions(bus: BusConnection) -> list[Finding]:
+    """How many partitions each replica owns, and which nobody renews."""
+    bucket, numbers = f"$KV.{bus.names.leases}", range(bus.settings.partitions)
+    try:
+        found = await bus.history.read_last_of_each(
+            f"KV_{bus.names.leases}", [f"{bucket}.{each}" for each in numbers]
+        )
+    except Temporary:
+        return [Finding("partitions", "ok", "this user cannot read who owns them")]
+    stored = {each.subject.rpartition(".")[2]: each for each in found if each.data}
+    now_ms = max((each.time_ms for each in found), default=0)  # by the server's clock, not by the one here
+    owned, silent = Counter[str](), dict[str, str]()
+    for number in map(str, numbers):
+        lease = stored.get(number)
+        age_s = math.inf if lease is None else (now_ms - lease.time_ms) / 1000
+        if lease is None or age_s > SILENT_S:
+            silent[number] = "never" if lease is None else f"{age_s:.0f} s ago"
+        else:
+            owned[_owner_of(lease)] += 1
+    said = ", ".join(f"{count} of {owner}" for owner, count in sorted(owned.items()))
+    if not silent:
+        return [Finding("partitions", "ok", said)]
+    ages = ", ".join(f"{number} ({age})" for number, age in silent.items())
+    said = f"Nobody renews {ages}: look at /readyz and the logs of the adapters{said and f'; {said}'}."
+    return [Finding("partitions", "fail", said)]
+
+
+def _owner_of(stored: StoredMessage) -> str:
+    """The instance that owns a partition."""
+    try:
+        return msgspec.json.decode(stored.data, type=Lease).owner.rpartition("-")[0] or "nobody yet"
+    except UNDECODABLE:
+        return "?"
+
+
 async def _check_bindings(bus: BusConnection, there: list[Adapter]) -> list[Finding]:
     every = await all_bindings(bus, health=True)
     return [*await _check_bots(bus, every), *_check_capacity(len(every), there)]
@@ -312,8 +353,9 @@ def _check_capacity(bots: int, there: list[Adapter]) -> list[Finding]:
 
 async def _check_bots(bus: BusConnection, every: list[BindingInfo]) -> list[Finding]:
     bucket = f"KV_{bus.names.bindings}"
-    stored = await bus.api_request(f"STREAM.INFO.{bucket}")
-    if (lost := len(every) - int(stored["state"]["messages"])) > 0:
+    stored = int((await bus.api_request(f"STREAM.INFO.{bucket}"))["state"]["messages"])
+    layout = await topology.read_layout(bus.connection, bus.names)
+    if (lost := len(every) - (stored if layout is None else stored - 1)) > 0:
         return [Finding("bindings", "fail", f"{lost} that adapters know are not in {bucket}: {RESTORE}.")]
     bots = Counter(map(status_of, every))
     said = "; ".join(f"{bots[status]} {status}" for status in BOT_STATUSES if bots[status]) or "none yet"

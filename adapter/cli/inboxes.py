@@ -10,6 +10,7 @@ import msgspec
 
 from adapter.bridge.entries import clear_of
 from adapter.cli.bus import BusConnection
+from adapter.contract.names import LAYOUT_KEY
 from adapter.contract.records import ALL, ReaderRecord
 from adapter.errors import UNDECODABLE
 from adapter.ports import StoredMessage
@@ -80,7 +81,7 @@ async def unserved(bus: BusConnection, inboxes: Sequence[Inbox]) -> list[Inbox]:
     names, served = bus.names, set()
     # read after the inboxes: a person whose inbox is known was bound before, and has an end if no longer
     async for stored in bus.history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
-        if stored.data:
+        if stored.data and not stored.subject.endswith(f".{LAYOUT_KEY}"):
             try:
                 binding = msgspec.json.decode(stored.data, type=_Served)
             except UNDECODABLE:

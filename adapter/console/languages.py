@@ -45,7 +45,8 @@ CHINESE = {
     "in {}": "{}后",
     "now": "现在",
     "{} bot": "{} 个机器人",
-    "{} shard": "{} 个分片",
+    "{} partition": "{} 个分区",
+    "{} for {}": "{}：已 {}",
     "{} replica": "{} 个副本",
     "{} binding": "{} 个绑定",
     # Every page
@@ -114,9 +115,7 @@ CHINESE = {
     "token refused": "token 被拒",
     "paused": "暂停",
     "retrying": "正在重试",
-    "being given back": "正在交还",
     "waiting": "等待中",
-    "being taken": "正在接管",
     "active": "正常",
     # Dead letters
     "What could not be read or delivered, kept for 30 days. Bodies are not shown:": (

@@ -23,9 +23,7 @@ STATUS_NAMES: dict[BotStatus, str] = {
     "stale": "token refused",
     "paused": "paused",
     "retrying": "retrying",
-    "releasing": "being given back",
     "waiting": "waiting",
-    "taking": "being taken",
     "storing": "active",
     "polling": "active",
 }

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from adapter.bindings.registry import Bindings
+from adapter.bridge.status import Replicas
 from adapter.console.auth import ConsoleAuth
 from adapter.contract.messages import BOT_STATUSES, BotStatus, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.contract.names import Names
@@ -20,7 +21,6 @@ from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.logins.qr import html_element
 from adapter.logins.records import LoginRecords
-from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import Bus, History, StoredMessage
 from adapter.services.dead_letters import dead_letter_of, is_command, retry_message
 from adapter.services.health import BotHealth
@@ -38,7 +38,7 @@ class ConsoleService:
         self,
         auth: ConsoleAuth,
         bindings: Bindings,
-        others: OtherReplicas,
+        replicas: Replicas,
         health: BotHealth,
         bus: Bus,
         history: History,
@@ -49,7 +49,7 @@ class ConsoleService:
         """`handlers`: those of `wechat.svc.*`, by verb. A login is asked for as anybody asks."""
         self._auth = auth
         self._bindings = bindings
-        self._others = others
+        self._replicas = replicas
         self._health = health
         self._bus = bus
         self._history = history
@@ -59,7 +59,7 @@ class ConsoleService:
 
     async def platform(self) -> dict[str, Any]:
         """Everything in numbers, for the head of each page. `expected`: replicas that live, as far as is known."""
-        replicas, living = await self._others.query([])
+        replicas, living = await self._replicas.query([])
         is_open = [not record.is_over for _, record in self._logins]
         dead = await self._history.count(self._names.stream_dead)
         return {"replicas": replicas, "expected": living, "dead": dead, "logins": sum(is_open)}

@@ -374,9 +374,7 @@ BotStatus: TypeAlias = Literal[
     "stale",
     "paused",
     "retrying",
-    "releasing",
     "waiting",
-    "taking",
     "storing",
     "polling",
 ]
@@ -394,9 +392,8 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
             " stored of its person, and no replica that knows it polls the bot. failing: for a minute iLink has"
             " answered no poll, or the answer cannot be stored. unknown: a replica gave no answer."
             " stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away."
-            " retrying: the last poll failed. releasing: its replica gives it back. waiting: another"
-            " replica may still poll it. taking: its replica takes it. storing: an answer of iLink is"
-            " being stored."
+            " retrying: the last poll failed. waiting: another replica may still poll it. storing: an answer"
+            " of iLink is being stored."
         ),
     ]
     detail: Annotated[str, Meta(description="Why, in a few words.")] = ""

@@ -12,6 +12,9 @@ from urllib.parse import unquote_to_bytes
 
 from adapter.errors import Refused
 
+LAYOUT_KEY = "layout"
+"""Key beside the bindings with what the streams are expected to be (jetstream/topology.py). No bot has this name."""
+
 UNROUTED = "_"
 """The sandbox in receipts of commands without a readable one. No sandbox has this name."""
 
@@ -245,11 +248,9 @@ class Names:
         self.stream_event = f"{upper}_EVENT"
         self.stream_dead = f"{upper}_DEAD"
         self.bindings = f"{prefix}_bindings"
-        self.polls = f"{prefix}_polls"
         self.persons = f"{prefix}_persons"
         self.readers = f"{prefix}_readers"
-        self.members = f"{prefix}_members"
-        self.claims = f"{prefix}_claims"
+        self.leases = f"{prefix}_leases"
         self.logins = f"{prefix}_logins"
         self.media = f"{prefix}_media"
         self.bind = f"{prefix}.ctl.bind"
@@ -298,13 +299,17 @@ class Names:
     def dead_letters(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
-    def polled(self) -> str:
-        """Subject on which replicas say whose poll has ended, and that a partition is free; sandboxes may not."""
-        return f"{self.prefix}.adapter.polled"
+    def here(self) -> str:
+        """Subject on which replicas say that they are here; sandboxes have no access."""
+        return f"{self.prefix}.adapter.here"
 
-    def replica_status(self) -> str:
-        """Subject of requests to all replicas; sandboxes have no access."""
-        return f"{self.prefix}.kv.replica_status"
+    def polls_of(self, replica: str) -> str:
+        """Subject of requests to one replica about its polls; sandboxes have no access."""
+        return f"{self.prefix}.adapter.polls.{replica}"
+
+    def polled(self) -> str:
+        """Subject on which replicas say whose poll or send has ended; sandboxes have no access."""
+        return f"{self.prefix}.adapter.polled"
 
     def svc(self, verb: str) -> str:
         return f"{self.prefix}.svc.{verb}"

@@ -29,7 +29,7 @@ class PrivateRecord(msgspec.Struct, frozen=True, tag_field="v", tag=1):
     """A record with its version. A record whose form changes gets another `tag` of its own.
 
     Every version of a record has these fields, so that an older replica knows what it leaves alone: a binding its
-    `sandbox`, `user`, `person`, `since` and `bound`, a member its `draining`.
+    `sandbox`, `user`, `person`, `since` and `bound`.
     """
 
 
@@ -72,9 +72,9 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     closing: int | None = None
     """Sequence of the control command that ends the binding; None: there is none. The bot serves nobody any more."""
     closed: int | None = None
-    """`closing`, once the shard's owner has released the bot and nothing of its user is in flight."""
+    """`closing`, once the partition's owner has released the bot and nothing of its user is in flight."""
     closed_by: str = ""
-    """The incarnation of that owner."""
+    """That owner."""
     event_pending: bool = False
     """The event of a lost or recovered login may not be stored yet; the bot's poller publishes it."""
 
@@ -114,22 +114,12 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class PollRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `polls`, key: the bot. Who polls the bot."""
-
-    owner: str = ""
-    """Incarnation of the replica that polls the bot; "": none."""
-    sealed: bytes = b""
-    """iLink's cursor when the bot was unbound last, sealed, since it contains the bot's token. Whoever binds the bot
-    again begins there: iLink may repeat what was said before to who shows no cursor."""
-
-
 class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `logins`, key: the login's id. What readers know of a QR login, and what they want of it: its flow runs
     in the memory of `owner`."""
 
     owner: str = ""
-    """The incarnation of the replica that started the login, without which it is lost; then of who found that."""
+    """The replica that started the login, without which it is lost; then who found that."""
     sandbox: str
     status: LoginStatus = "wait"
     step: int = 1
@@ -191,14 +181,10 @@ class ReaderRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True)
         return self.handled, self.number
 
 
-class Claim(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `claims`, key: the shard. The incarnation that owns it; "" after its release."""
+class Lease(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `leases`, key: the partition. Who owns it. This form never changes."""
 
     owner: str = ""
-
-
-class Member(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `members`, key: the incarnation. Renewed while the replica is alive."""
-
-    instance: str
-    draining: bool = False
+    """The replica that owns the partition; "": it was released."""
+    left: tuple[str, ...] = ()
+    """Replicas that may still poll or send there."""

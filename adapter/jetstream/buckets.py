@@ -75,6 +75,10 @@ class KvBucket:
     async def list_prefix(self, first: str = "") -> list[Entry]:
         return [entry async for entry in self.read_entries(first) if entry.value is not None]
 
+    async def read_since(self, revision: int) -> list[Entry]:
+        read = self._history.read(self.stream, self.subject(">"), after=revision, page=PAGE)
+        return [self._entry(stored) async for stored in read]
+
     async def read_entries(self, first: str = "") -> AsyncIterator[Entry]:
         """As ports.Bucket.list_prefix, with deleted entries. A key that is written meanwhile may come twice."""
         async for stored in self._history.read(self.stream, self.subject(f"{first}.>" if first else ">"), page=PAGE):

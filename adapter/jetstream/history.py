@@ -231,6 +231,12 @@ async def direct_get_one(connection: ManagedConnection, stream: str, body: dict[
     return _decode_stored(await connection.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
 
 
+async def direct_get_last(connection: ManagedConnection, stream: str, subject: str) -> StoredMessage | None:
+    """As direct_get, for the newest message of a subject, on a subject that permits to read nothing else. Raises
+    Temporary."""
+    return _decode_stored(await connection.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b""))
+
+
 def has_more(stored: StoredMessage) -> bool:
     """Whether the server that answered knows of more messages behind this one of a batch."""
     return stored.headers.get("Nats-Num-Pending", "0") != "0"

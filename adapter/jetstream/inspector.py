@@ -23,7 +23,7 @@ class Inspector:
     def __init__(self, names: Names, settings: Settings, *, at_least: Mapping[str, Callable[[], int]]) -> None:
         """`at_least`: by bucket, the number of keys that were surely written and not deleted."""
         self._names = names
-        self._layout_stream = f"KV_{names.claims}"
+        self._layout_stream = f"KV_{names.bindings}"
         self._settings = settings
         self._minimum_keys = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self.altered: dict[str, list[Difference]] = {}

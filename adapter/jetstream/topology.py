@@ -5,8 +5,9 @@ stops the start with a message, and other differences (an operator's own limits)
 --fix` changes them. Consumers are created by their owners (consumer.py).
 
 The layout key says which layout the streams have, and the settings that the adapters have for them. It is written
-last, when all streams are there, into the bucket whose loss costs least. While it exists no stream is made anew but
-by `doctor --fix`: what is missing was deleted, and an empty stream would hide that.
+last, when all streams are there, into the bucket of bindings, so that it is in every backup. While it exists no
+stream is made anew but by `doctor --fix`: what is missing was deleted, and an empty stream would hide that. Where its
+bucket itself is missing, what adapters have stored elsewhere says that it was deleted.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import structlog
 
 from adapter.contract.messages import COMMAND_BYTES
-from adapter.contract.names import Names
+from adapter.contract.names import LAYOUT_KEY, Names
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, NO_STREAM
 from adapter.jetstream.buckets import KvBucket, updates_subject_of
-from adapter.jetstream.history import direct_get_one
+from adapter.jetstream.history import direct_get_last
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings, variable_of
 
@@ -33,7 +34,6 @@ log = structlog.get_logger()
 
 LAYOUT = 3
 """Version of `wanted_streams`: one more with each change of names, subjects or meanings."""
-KEY = "layout"
 SHAPING = (
     "replicas",
     "partitions",
@@ -106,6 +106,8 @@ class Wanted(NamedTuple):
     critical: tuple[str, ...] = ()
     from_one: bool = False
     """Its sequences start at 1, see `create_stream`."""
+    is_transient: bool = False
+    """Only running replicas need what is in it: it is in no backup, and is made anew."""
 
     @property
     def reserves_space(self) -> bool:
@@ -225,11 +227,9 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         )._replace(from_one=True),  # operators type its sequences, and nothing stores them
         bucket(names.bindings, republished=True, expires=True),
         bucket(names.persons, expires=True),
-        bucket(names.polls, expires=True),
         bucket(names.readers, expires=True),
-        bucket(names.members, expires=True),
-        bucket(names.claims),
-        bucket(names.logins, republished=True, max_age=24 * HOUR_NS),
+        bucket(names.leases, expires=True)._replace(is_transient=True),
+        bucket(names.logins, republished=True, max_age=24 * HOUR_NS)._replace(is_transient=True),
         stream(
             f"OBJ_{names.media}",
             ("subjects", "retention", "allow_rollup_hdrs"),
@@ -364,16 +364,17 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise Temporary(exc.reason, f"JetStream does not answer ({exc.detail}): {why}") from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
-    missing, different, _ = await inspect_topology(connection, names, settings)
-    has_claims = all(wanted.name != f"KV_{names.claims}" for wanted in missing)
-    layout = await read_layout(connection, names) if has_claims else None
+    missing, different, infos = await inspect_topology(connection, names, settings)
+    bindings = f"KV_{names.bindings}"
+    layout = await read_layout(connection, names) if bindings in infos else None
     if layout is not None and layout.version != LAYOUT:
         raise SettingsError("layout_differs", layout_advice(layout))
     if (number := (layout.settings if layout else {}).get("partitions", settings.partitions)) != settings.partitions:
         raise SettingsError("partitions_differ", partitions_advice(names, int(number), settings.partitions))
-    if layout is not None and missing:  # another replica may have created the rest since
-        missing, different, _ = await inspect_topology(connection, names, settings)
-        if gone := ", ".join(wanted.name for wanted in missing):
+    if missing and (layout is not None or _has_served(names, infos)):  # another replica may have created it since
+        missing, different, infos = await inspect_topology(connection, names, settings)
+        gone = ", ".join(wanted.name for wanted in missing if not wanted.is_transient)
+        if gone and (layout is not None or bindings not in infos):
             advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
             raise SettingsError("stream_missing", f"{gone}: missing. {advice}.")
     for wanted in missing:
@@ -394,6 +395,12 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
     return different
 
 
+def _has_served(names: Names, infos: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether an adapter has stored an entry or an event, so that there was a bucket of bindings."""
+    found = [infos[name] for name in (names.stream_in, names.stream_event) if name in infos]
+    return any(info["state"]["last_seq"] >= max(1, info["config"].get("first_seq", 1)) for info in found)
+
+
 class Layout(msgspec.Struct, frozen=True):
     """Value of the layout key. `version` 0: it cannot be read."""
 
@@ -408,7 +415,7 @@ def shape_of(settings: Settings) -> Shape:
 
 async def read_layout(connection: ManagedConnection, names: Names) -> Layout | None:
     """None: there is no key. Raises Temporary, also without its bucket."""
-    stored = await direct_get_one(connection, f"KV_{names.claims}", {"last_by_subj": f"$KV.{names.claims}.{KEY}"})
+    stored = await direct_get_last(connection, f"KV_{names.bindings}", f"$KV.{names.bindings}.{LAYOUT_KEY}")
     try:
         return msgspec.json.decode(stored.data, type=Layout) if stored and stored.data else None
     except UNDECODABLE:
@@ -417,10 +424,10 @@ async def read_layout(connection: ManagedConnection, names: Names) -> Layout | N
 
 async def write_layout(connection: ManagedConnection, names: Names, settings: Settings) -> None:
     """Raises Temporary, Conflict."""
-    bucket, value = KvBucket(connection, names.claims), msgspec.json.encode(Layout(LAYOUT, shape_of(settings)))
-    entry = await bucket.get(KEY)
+    bucket, value = KvBucket(connection, names.bindings), msgspec.json.encode(Layout(LAYOUT, shape_of(settings)))
+    entry = await bucket.get(LAYOUT_KEY)
     if entry is None or entry.value != value:
-        await bucket.write(KEY, value, entry.revision if entry else 0)
+        await bucket.write(LAYOUT_KEY, value, entry.revision if entry else 0)
 
 
 def layout_advice(layout: Layout) -> str:

@@ -8,13 +8,14 @@ stores the status `lost`, and a new code has to be asked for.
 from __future__ import annotations
 
 import secrets
-from functools import partial
 
 import msgspec
 import structlog
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
+from adapter.bridge.leases import Leases
+from adapter.bridge.presence import Presence
 from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import LoginRecord
@@ -25,7 +26,6 @@ from adapter.logins.flow import REFRESH_S, LoginFlow, fetch_code
 from adapter.logins.records import LoginRecords, next_step, to_login
 from adapter.observability.decoding import read_request
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
 from adapter.ports import Bus, Logins, QrCode
 from adapter.security.seal import Sealer, login_context
 
@@ -36,6 +36,8 @@ LOGIN_S = 480.0
 OPEN_PER_SANDBOX = 20
 """Most open logins of a sandbox. Each costs long polls; more than this is a loop in the platform."""
 LOOK_S = 1.0
+LOST_S = 8.0
+"""Silence of a replica after which the logins in its memory are lost."""
 
 
 class LoginService:
@@ -48,6 +50,7 @@ class LoginService:
         ilink: Logins,
         bindings: Bindings,
         leases: Leases,
+        presence: Presence,
         bus: Bus,
         names: Names,
         sealer: Sealer,
@@ -61,6 +64,7 @@ class LoginService:
         self._ilink = ilink
         self._bindings = bindings
         self._leases = leases
+        self._presence = presence
         self._bus = bus
         self._names = names
         self._sealer = sealer
@@ -85,7 +89,7 @@ class LoginService:
         code = await fetch_code(self._ilink, self._bindings.of_sandbox(sandbox), self._sealer)
         login = secrets.token_urlsafe(18)
         record = LoginRecord(
-            owner=self._leases.incarnation,
+            owner=self._presence.replica,
             sandbox=sandbox,
             url=self._sealer.seal(login_context(login, "url"), code.url),
             until_ms=self._clock.now_ms() + int(LOGIN_S * 1000),
@@ -148,30 +152,25 @@ class LoginService:
 
     async def run(self) -> None:
         """Runs until cancelled; then answers that have arrived are applied."""
-        records, leases = self._records, self._leases
+        records, began = self._records, self._clock.monotonic()
         try:
             while True:
                 records.forget_ended()
                 for login, record in records:
                     if not record.is_over:
-                        await self._end_if_lost(login, record.owner)
-                has_left = partial(self._has_left, leases.membership_epoch)
-                await leases.changed.wait_until(has_left, LOOK_S)
+                        await self._end_if_lost(login, record.owner, began)
+                await self._clock.sleep(LOOK_S)
         finally:
             self._tasks.cancel_all()
             await self._tasks.wait_ended()
 
-    def _has_left(self, epoch: int) -> bool:
-        """Whether a replica has left since."""
-        return self._leases.membership_epoch != epoch
-
-    async def _end_if_lost(self, login: str, owner: str) -> None:
+    async def _end_if_lost(self, login: str, owner: str, since: float) -> None:
         def lost(now: LoginRecord) -> LoginRecord | None:
             # with the finder's name: two who write the same at once would both take the write for their own
-            return None if now.is_over else next_step(now, status="lost", owner=self._leases.incarnation)
+            return None if now.is_over else next_step(now, status="lost", owner=self._presence.replica)
 
         try:
-            if await self._leases.revoke_if_expired(owner):
+            if owner != self._presence.replica and self._presence.silent_s(owner, since) > LOST_S:
                 await self._records.update(login, lost)
         except (Temporary, Refused) as exc:  # Refused: the record was deleted
             log.info("login.unread", reason=exc.reason)

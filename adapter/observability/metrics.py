@@ -29,7 +29,7 @@ REFUSED = (
     "expired rejected media"
 )
 DEAD = "unreadable too_large crashed"
-STATES = "waiting taking polling storing throttled paused retrying stale needs_login releasing"
+STATES = "waiting polling storing throttled paused retrying stale needs_login"
 PARKED = "window_closed quota throttled needs_login"
 KINDS = "text media typing unreadable"
 TASKS = "poller sender other"
@@ -136,11 +136,11 @@ class Metrics:
     bindings = _gauge("Bindings of this replica.", state=STATES)
     bindings_capacity = _gauge("Maximum number of bindings that this replica serves.")
     bindings_unowned = _gauge(
-        "Bindings that no replica polls: no replica owns their shard, or its owner is at capacity.",
+        "Bindings that no replica polls: no replica owns their partition, or its owner is at capacity.",
     )
-    shards_owned = _gauge("Shards of sandboxes that this replica owns.")
+    partitions_owned = _gauge("Partitions of sandboxes that this replica owns.")
     lease_changes = _counter(
-        "Changes of the shards that this replica owns. lost: not renewed in time; taken: its owner died.",
+        "Changes of the partitions that this replica owns. lost: not renewed in time; taken: its owner died.",
         reason="acquired released lost taken",
     )
     polls = _counter(
@@ -174,8 +174,8 @@ class Metrics:
         _MESSAGE_S,
     )
     outbound_received = _counter(
-        "Commands received from the outbound stream. Each counts at most once. Commands in transit while a shard "
-        "changes owner are not counted.",
+        "Commands received from the outbound stream. Each counts at most once. Commands in transit while a "
+        "partition changes owner are not counted.",
     )
     outbound_messages = _counter(
         "Commands with a final outcome. duplicate: a repeated command that is not sent again; unreadable: a"

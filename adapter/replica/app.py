@@ -27,7 +27,7 @@ from adapter.settings import Settings
 log = structlog.get_logger()
 
 RELEASE_S = 5.0
-"""Part of the drain time that is reserved for releasing the shards."""
+"""Part of the drain time that is reserved for what comes after the polls."""
 
 
 async def run(
@@ -54,28 +54,24 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 background.append(group.create_task(loop, name=name))
                 return background[-1]
 
-            start_loop(replica.health.heartbeat_forever(replica.supervisor), "heartbeat")
+            start_loop(replica.health.heartbeat_forever(replica.partitions), "heartbeat")
             start_loop(replica.health.check_jetstream_forever(), "jetstream")
             for name, loop in replica.edges.loops():
                 start_loop(loop, name)
             try:
                 if await _prepare(replica, stop):
-                    leasing = start_loop(replica.leases.run(), "leases")
+                    leasing = start_loop(replica.leases.run(replica.partitions.give), "leases")
                     start_loop(replica.bindings.run(), "bindings")
                     start_loop(replica.login_records.run(), "logins")
                     running_logins = start_loop(replica.logins.run(), "logins.run")
-                    supervisor = replica.supervisor
-                    supervising = group.create_task(
-                        supervisor.run(replica.new_shard, partial(consume, replica), replica.new_poller),
-                        name="supervisor",
-                    )
+                    working = group.create_task(replica.partitions.run(partial(consume, replica)), name="partitions")
                     replica.health.on_started()
                     log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
                     _notify_service_manager("READY=1")
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
-                    await _drain(replica, supervising, running_logins, leasing)
+                    await _drain(replica, working, running_logins, leasing)
             finally:
                 for task in background:
                     task.cancel()
@@ -119,21 +115,18 @@ async def _log_missing_permissions(replica: Replica) -> None:
 
 
 async def _drain(
-    replica: Replica, supervising: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
+    replica: Replica, working: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     replica.health.draining = True
     _notify_service_manager("STOPPING=1")
-    log.info("adapter.draining", polls=len(replica.supervisor.pollers))
+    log.info("adapter.draining", polls=len(replica.partitions.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
-            supervising.cancel()
-            await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
+            working.cancel()
+            await replica.partitions.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
             running_logins.cancel()
             await asyncio.wait([running_logins])
-            leasing.cancel()  # a later renewal would write the deleted key again
-            await asyncio.wait([leasing])
-            if replica.leases.is_valid:
-                await replica.leases.release_all()
+            leasing.cancel()
             await replica.media.close()
     except TimeoutError:
         log.warning("drain.timed_out", drain_s=replica.settings.drain_s)

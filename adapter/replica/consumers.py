@@ -38,10 +38,7 @@ async def consume(replica: Replica, partition: Partition) -> None:
                     replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
                     return
 
-    try:  # what is delivered again may belong to whom a record names
-        await persist(partition.open, partition.tenure, replica.clock, "partition.open", partition=partition.number)
-    except LeaseLost:
-        return
+    replica.closing.begin(partition)
     out = topology.partition_consumer(partition.number)
     async with asyncio.TaskGroup() as group:
         group.create_task(keep(out, partial(_consume, replica, partition, out, partition.on_delivery)))

@@ -6,6 +6,8 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from adapter import __version__
+from adapter.bridge.leases import Leases
+from adapter.bridge.presence import Presence
 from adapter.bridge.sessions import Successes
 from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
@@ -17,11 +19,14 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import Clock, SystemClock
+from adapter.kit.timing import Clock, PerTickLimiter, SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
 from adapter.settings import Settings
 
+PER_TICK = 64
+"""Steps in one turn of the event loop: answers with messages, the steps of persons, polls after a pause or a
+failure; deliveries have a limit of their own (consumer.PER_TURN). Without a limit, five thousand answers in a process
+with a quarter of a core made a turn longer than the lease, which was lost again and again."""
 READER_LIVES = 2
 """How long the position of a sandbox that does not ask is kept, in lives of a message: when it is forgotten, nothing
 up to it is left to be handed out again."""
@@ -43,18 +48,22 @@ class Edges:
         # sandboxes' requests use others, so that a flood never ends JetStream's connection
         self.service_connection = ManagedConnection(settings, f"{client} services")
         self.upload_connection = ManagedConnection(settings, f"{client} uploads")
-        self.leases = Leases(
-            KvBucket(self.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            KvBucket(self.lease_connection, names.claims),
-            self.clock,
-            self.metrics,
-            instance=instance,
-            lease_s=settings.lease_s,
-            partitions=names.partitions,
-        )
         self.bus = Publisher(self.connection, self.clock, self.metrics)
         self.media_bus = Publisher(self.media_connection, self.clock, self.metrics)
         self._replicated = settings.replicas > 1
+        # what others say of their polls comes over the same connection as what they are asked
+        self.core = CoreNats(self.connection)
+        self.presence = Presence(CoreNats(self.lease_connection), names, self.clock, instance)
+        self.ticks = PerTickLimiter(PER_TICK)
+        self.leases = Leases(
+            KvBucket(self.lease_connection, names.leases, replicated=self._replicated),
+            self.presence,
+            self.clock,
+            self.metrics,
+            self.ticks.wait_tick,
+            partitions=names.partitions,
+            lease_s=settings.lease_s,
+        )
         self.history = StreamHistory(self.connection, replicated=self._replicated)
         self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
         # a page of messages is small, and a message that has just come is in it
@@ -62,7 +71,6 @@ class Edges:
         self.readers = KvBucket(
             self.service_connection, names.readers, ttl_s=int(READER_LIVES * settings.in_max_age_h * 3600)
         )
-        self.core = CoreNats(self.connection)
         self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
         self.successes = Successes(self.clock)
         self.chat = ILink(

@@ -9,6 +9,7 @@ from collections.abc import Collection
 import msgspec
 import structlog
 
+from adapter.bridge.partitions import Partitions
 from adapter.bridge.poller import State
 from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
@@ -17,7 +18,6 @@ from adapter.jetstream.inspector import Inspector
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.metrics import PARKED, STATES, Metrics
 from adapter.replica.edges import Edges
-from adapter.replica.supervisor import Supervisor
 
 log = structlog.get_logger()
 
@@ -65,7 +65,7 @@ class Health:
         self._inspector = inspector
         self._polls_need = (
             names.stream_in,
-            *(f"KV_{bucket}" for bucket in (names.bindings, names.persons, names.polls)),
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.persons)),
         )
         self._heartbeat_at = self.clock.monotonic()
         self._failed_loops: dict[str, str] = {}
@@ -163,7 +163,7 @@ class Health:
 
     # loops ------------------------------------------------------------------------------------------
 
-    async def heartbeat_forever(self, supervisor: Supervisor) -> None:
+    async def heartbeat_forever(self, here: Partitions) -> None:
         """Reports heartbeats to the probes, and sets the sampled gauges, until cancelled."""
         loop, edges, metrics = asyncio.get_running_loop(), self._edges, self._edges.metrics
         ticks = 0
@@ -175,10 +175,10 @@ class Health:
             metrics.nats_publish_oldest.set(max(edges.bus.waiting_s, edges.media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
-                self._in_flight = observe(supervisor, self.clock, metrics, len(asyncio.all_tasks()))
+                self._in_flight = observe(here, self.clock, metrics, len(asyncio.all_tasks()))
             if ticks % EVICTED_EVERY == 0:
-                for shard in supervisor.shards.values():
-                    shard.evict_idle()
+                for partition in here.working.values():
+                    partition.evict_idle()
 
     def on_heartbeat(self, *, is_connected: bool) -> None:
         """The event loop runs; far more often than every STUCK_S seconds."""
@@ -214,10 +214,10 @@ class Health:
         bus, leases = self._edges.bus, self._edges.leases
         if bus.waiting_s > BUS_GRACE_S:
             return f"JetStream takes nothing for {bus.last_error}"
-        return "" if leases.is_valid else f"the lease cannot be renewed: {leases.last_error}"
+        return "" if leases.is_working else f"no lease can be renewed: {leases.last_error}"
 
     def _report_problem(self, problem: str) -> None:
-        """Reports a problem after BUS_GRACE_S, since an election takes seconds and this replica keeps its shards."""
+        """Reports a problem after BUS_GRACE_S: an election takes seconds, and moves nothing."""
         now = self.clock.monotonic()
         self._healthy_at = self._healthy_at if problem else now
         if not problem or now - self._healthy_at > BUS_GRACE_S:
@@ -262,13 +262,13 @@ class Health:
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(self._in_flight)
 
 
-def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) -> int:
-    """Sets the gauges that are counted over all pollers and shards. `tasks`: those of the whole event loop. Returns
-    the number of commands in flight."""
-    pollers, shards = supervisor.pollers, supervisor.shards.values()
-    _observe_polls(supervisor, metrics, clock.monotonic())
+def observe(here: Partitions, clock: Clock, metrics: Metrics, tasks: int) -> int:
+    """Sets the gauges that are counted over all pollers and partitions. `tasks`: those of the whole event loop.
+    Returns the number of commands in flight."""
+    working = here.working.values()
+    _observe_polls(here, metrics, clock.monotonic())
     parked: Counter[str] = Counter()
-    counted = [shard.queue_depths(parked) for shard in shards]
+    counted = [partition.queue_depths(parked) for partition in working]
     for reason in PARKED.split():
         metrics.outbound_parked.labels(reason=reason).set(parked[reason])
     in_flight = sum(number for number, _ in counted)
@@ -276,34 +276,30 @@ def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) 
     now_ms = clock.now_ms()
     oldest_ms = min((stored_ms for _, stored_ms in counted if stored_ms is not None), default=now_ms)
     metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
-    senders = sum(shard.tasks for shard in shards)
-    metrics.tasks.labels(kind="poller").set(len(pollers))
+    senders = sum(partition.tasks for partition in working)
+    metrics.tasks.labels(kind="poller").set(len(here.pollers))
     metrics.tasks.labels(kind="sender").set(senders)
-    metrics.tasks.labels(kind="other").set(tasks - len(pollers) - senders)
+    metrics.tasks.labels(kind="other").set(tasks - len(here.pollers) - senders)
     return in_flight
 
 
-def _is_anothers(supervisor: Supervisor, bot: str) -> bool:
-    """Whether another replica may have the shard of a bot by now."""
-    binding = supervisor.bindings.get(bot)
-    return binding is None or supervisor.bindings.partition_of(binding.sandbox) not in supervisor.leases.owned
-
-
-def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None:
-    throttled = {bot for shard in supervisor.shards.values() for bot in shard.throttled_bots}
-    pollers = supervisor.pollers.values()
+def _observe_polls(here: Partitions, metrics: Metrics, now: float) -> None:
+    throttled = {bot for partition in here.working.values() for bot in partition.throttled_bots}
+    pollers = here.pollers.values()
     states = Counter(
         "throttled" if poller.state is State.POLLING and poller.bot in throttled else poller.state.value
         for poller in pollers
-        if not (poller.is_handed_over and _is_anothers(supervisor, poller.bot))  # who has the shard counts it
+        if not poller.is_given_away  # who has the partition counts it
     )
     for state in STATES.split():
         metrics.bindings.labels(state=state).set(states[state])
     polled = [poller for poller in pollers if poller.state in POLLED]
     ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
     metrics.oldest_poll_age.set(max(ages, default=0.0))
-    # every replica reports shards without an owner, since it may be the only one left
-    open_to_us = supervisor.leases.owned | supervisor.leases.orphans
-    unpolled = (binding for binding in supervisor.bindings if binding.bot not in supervisor.pollers)
-    unowned = sum(supervisor.bindings.partition_of(binding.sandbox) in open_to_us for binding in unpolled)
-    metrics.bindings_unowned.set(unowned)
+    # every replica reports partitions without an owner, since it may be the only one left
+    open_to_us = here.leases.owned.keys() | here.leases.ownerless
+    metrics.bindings_unowned.set(
+        sum(
+            binding.bot not in here.pollers for number in open_to_us for binding in here.bindings.of_partition(number)
+        )
+    )

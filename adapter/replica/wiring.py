@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from adapter import __version__
 from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
+from adapter.bridge.closing import Closing
 from adapter.bridge.commands import Limits
+from adapter.bridge.leases import Tenure
 from adapter.bridge.media import MediaFetcher
-from adapter.bridge.partition import Partition
+from adapter.bridge.partitions import Partitions
 from adapter.bridge.parts import Bodies, Parts
 from adapter.bridge.persons import Persons
 from adapter.bridge.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
@@ -23,6 +25,7 @@ from adapter.bridge.receipts import Receipts
 from adapter.bridge.router import Router
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSessions
+from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
 from adapter.bridge.uploads import Uploads
 from adapter.bridge.window import WindowPolicy
 from adapter.console.auth import ConsoleAuth
@@ -42,18 +45,13 @@ from adapter.jetstream.microservice import (
     Services,
 )
 from adapter.kit.slots import FairSlots
-from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.kit.timing import RateLimiter, WakeupBatcher
 from adapter.logins.flow import REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LoginService
 from adapter.observability.events import Events
-from adapter.ownership import replica_status
-from adapter.ownership.polls import Polls
-from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
-from adapter.ownership.tenure import Tenure
 from adapter.replica.edges import Edges
 from adapter.replica.health import Health
-from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
 from adapter.services.erasure import Erasure
 from adapter.services.health import BotHealth
@@ -72,10 +70,6 @@ SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
 """Share of one sandbox, so that slow answers to its bots do not delay others."""
 BODY_BYTES = 64 * 1024 * 1024
 """Bytes of commands' bodies that a replica holds in memory."""
-PER_TICK = 64
-"""Steps in one turn of the event loop: answers with messages, the steps of persons, polls after a pause or a
-failure; deliveries have a limit of their own (consumer.PER_TURN). Without a limit, five thousand answers in a process
-with a quarter of a core made a turn longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
 """Most first polls in a second, at a start and after an outage, and whenever these polls end together. A dead
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
@@ -95,7 +89,6 @@ class Replica:
         login_refresh_s: float = REFRESH_S,
         unbound_s: int = UNBOUND_S,
         edges: Edges | None = None,
-        new_supervisor: Callable[..., Supervisor] = Supervisor,
     ) -> None:
         self.settings = settings
         self.instance = socket.gethostname()
@@ -112,24 +105,14 @@ class Replica:
             edges.bucket(names.bindings), names, sealer.is_same_secret, unbound_s=unbound_s
         )
         self.readers = Readers(edges.readers, clock)
-        self.polls = Polls(edges.bucket(names.polls), leases)
         persons_bucket = edges.bucket(names.persons)
         self.persons = Persons(edges.bus, edges.history, persons_bucket, names, sealer, gone_s=unbound_s)
 
         # what runs, and how it is
-        self.others = OtherReplicas(edges.core, names, leases)
-        inspector = Inspector(names, settings, at_least={names.bindings: lambda: len(bindings)})
+        self.replicas = Replicas(edges.core, names, edges.presence)
+        at_least = {names.bindings: lambda: len(bindings) + 1}  # and the layout key
+        inspector = Inspector(names, settings, at_least=at_least)
         self.health = Health(edges, names, inspector)
-        self.supervisor = supervisor = new_supervisor(
-            bindings,
-            leases,
-            self.polls,
-            self.others,
-            edges.chat,
-            clock,
-            capacity=settings.capacity,
-            on_failed=self.health.report_failed_loop,
-        )
 
         # the bridge
         transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
@@ -161,9 +144,7 @@ class Replica:
             bindings=bindings,
             names=names,
             sealer=sealer,
-            leases=leases,
-            polls=self.polls,
-            others=self.others,
+            presence=edges.presence,
             policy=SendPolicy(
                 window=WindowPolicy(sends=settings.sends_per_window, hours=settings.window_hours),
                 gap_ms=settings.send_gap_ms,
@@ -176,7 +157,6 @@ class Replica:
             ),
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
-            keep_s=unbound_s,
             max_payload=lambda: edges.connection.max_payload,
             is_writable=self.health.is_writable,
             wait_writable=self.health.wait_writable,
@@ -185,10 +165,18 @@ class Replica:
             takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             starts=RateLimiter(STARTS_PER_S),
             wakeups=WakeupBatcher(WAKEUP_S),
-            ticks=PerTickLimiter(PER_TICK),
+            ticks=edges.ticks,
             clock=clock,
             metrics=metrics,
         )
+        self.partitions = Partitions(
+            self.parts,
+            leases,
+            capacity=settings.capacity,
+            on_failed=self.health.report_failed_loop,
+            status=self._status,
+        )
+        self.closing = Closing(self.parts, self.partitions)
 
         # control commands
         self.erasure = Erasure(
@@ -196,8 +184,7 @@ class Replica:
             events,
             names,
             bindings,
-            {f"KV_{name}": edges.bucket(name) for name in (names.persons, names.polls, names.logins)},
-            partial(supervisor.is_released, ask=True),
+            {f"KV_{name}": edges.bucket(name) for name in (names.persons, names.logins)},
         )
         # what is asked
         self.login_records = LoginRecords(edges.bucket(names.logins), events, clock, metrics)
@@ -206,6 +193,7 @@ class Replica:
             edges.chat,
             bindings,
             leases,
+            edges.presence,
             edges.bus,
             names,
             sealer,
@@ -216,17 +204,12 @@ class Replica:
         # any server may answer: these data change little, and a flood of requests must not delay commands
         bulk = edges.bulk_bucket(names.persons)
         persons = Persons(edges.media_bus, edges.bulk_history, bulk, names, sealer)
-        self.bot_health = BotHealth(self.others, persons, self.parts.policy.window, clock)
+        self.bot_health = BotHealth(self.replicas, persons, self.parts.policy.window, clock)
         self.handlers = self._serve()
-        edges.core.respond(names.replica_status(), lambda data: replica_status.status_reply(data, self._status))
-        edges.core.subscribe(names.polled(), self._on_polled)
         edges.connection.on_connect(self._count_connect)
         edges.connection.on_connect(bindings.on_connect)
 
-    # what starts with a shard or a bot ----------------------------------------------------------------
-
-    def new_shard(self, number: int) -> Partition:
-        return Partition(number, self.parts)
+    # what starts with a partition ------------------------------------------------------------------------
 
     def new_router(self, tenure: Tenure) -> Router:
         return Router(self.parts, tenure)
@@ -256,10 +239,6 @@ class Replica:
             clock=self.clock,
             metrics=self.metrics,
         )
-
-    def new_poller(self, bot: str) -> BotPoller:
-        supervisor = self.supervisor
-        return BotPoller(bot, self.parts, supervisor.open_person, supervisor.on_session_changed)
 
     # for others ---------------------------------------------------------------------------------------
 
@@ -324,7 +303,7 @@ class Replica:
         service = ConsoleService(
             auth,
             self.bindings,
-            self.others,
+            self.replicas,
             self.bot_health,
             self.edges.bus,
             self.edges.history,
@@ -334,17 +313,12 @@ class Replica:
         )
         return Console(settings.console_addr, auth, service, self.clock)
 
-    def _on_polled(self, data: bytes) -> None:
-        if (bot := replica_status.bot_polled(data)) is not None:
-            self.supervisor.on_polled(bot)
-
     def _status(self, bots: Sequence[str]) -> ReplicaStatus:
-        pollers, now = self.supervisor.pollers, self.clock.monotonic()
+        pollers, now = self.partitions.pollers, self.clock.monotonic()
         return ReplicaStatus(
             instance=self.instance,
-            incarnation=self.leases.incarnation,
             version=__version__,
-            shards=len(self.leases.owned),
+            partitions={number: int((now - each.since) * 1000) for number, each in self.leases.owned.items()},
             bots=len(pollers),
             capacity=self.settings.capacity,
             draining=self.health.draining,

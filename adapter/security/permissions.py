@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter.contract.names import Names
+from adapter.contract.names import LAYOUT_KEY, Names
 
 Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "agents", "sandbox", "untrusted"]
 TAG = "{{tag(sandbox)}}"
@@ -54,8 +54,7 @@ def streams(names: Names) -> tuple[str, ...]:
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
-    kept = (names.persons, names.polls, names.readers, names.logins)
-    return names.bindings, *kept, names.members, names.claims
+    return names.bindings, names.persons, names.readers, names.logins, names.leases
 
 
 def _inbox_subjects(role: Role) -> str:
@@ -75,8 +74,8 @@ def _purged_streams(names: Names) -> tuple[str, ...]:
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     media = f"OBJ_{names.media}"
     return (
-        *(names.inbox("*"), names.live("*"), names.out("*"), names.bind, names.event("*", ">"), names.polled()),
-        *(names.replica_status(), names.out_plain, names.unbind),  # the console asks, and retries dead commands
+        *(names.inbox("*"), names.live("*"), names.out("*"), names.bind, names.event("*", ">")),
+        *(f"{names.prefix}.adapter.>", names.out_plain, names.unbind),  # the console asks, and retries dead commands
         names.dead_letters("*"),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
@@ -108,7 +107,7 @@ def _pulled_streams(names: Names) -> tuple[str, str]:
 
 
 def _adapter_subscribes(names: Names) -> tuple[str, ...]:
-    return names.svc(">"), f"{names.prefix}.kv.>", names.polled(), "$SRV.>", _inbox_subjects("adapter")
+    return names.svc(">"), f"{names.prefix}.kv.>", f"{names.prefix}.adapter.>", "$SRV.>", _inbox_subjects("adapter")
 
 
 def _operator_publishes(names: Names) -> tuple[str, ...]:
@@ -122,7 +121,9 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api_subjects(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
         *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # a work queue allows no other consumer
-        *_api_subjects(f"DIRECT.GET.KV_{names.claims}"),  # `doctor` reads the layout key
+        # `doctor` reads the layout key, and who owns the partitions
+        *_api_subjects(f"DIRECT.GET.KV_{names.bindings}.$KV.{names.bindings}.{LAYOUT_KEY}"),
+        *_api_subjects(f"DIRECT.GET.KV_{names.leases}"),
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
         *_api_subjects(f"STREAM.PURGE.{media}"),
         *_both_layouts("FC", readable),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -18,19 +18,19 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.content.dedup import bot_of
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, person_token, to_subject_token
-from adapter.errors import UNDECODABLE, Conflict, Temporary
+from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, person_token
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.observability.events import Events
 from adapter.ports import Bucket, History, StoredMessage
 
 log = structlog.get_logger()
 
 StoredKind: TypeAlias = Literal[
-    "binding", "person", "login", "message", "event", "receipt", "command", "dead_letter", "media", "poll"
+    "binding", "person", "login", "message", "event", "receipt", "command", "dead_letter", "media"
 ]
 """message: an entry of the inbox, with all messages of one answer."""
 MARK_S = 60
-"""Time to live of the delete marker of a person's record, and of a poll's, whose key names the bot."""
+"""Time to live of the delete marker of a person's record."""
 OF_PERSON = ("person", "message")
 """Their subjects end with sandbox and token of the person."""
 WRITTEN_BY_SANDBOXES = ("command", "receipt", "dead_letter")
@@ -79,8 +79,6 @@ class PersonSearch:
         self._user = user
         self._sandbox = sandbox
         self._bots: set[str] = set()
-        self._serving_others: set[str] = set()
-        """Bots that serve another sandbox or another person, so their polls are in use."""
 
     async def find(self) -> AsyncIterator[Found]:
         """Everything about the person. Records that name their bots come first. Raises Temporary."""
@@ -93,11 +91,6 @@ class PersonSearch:
                 yield Found("dead_letter", self._names.stream_dead, stored, stored.headers.get(H_SANDBOX, ""))
         async for found in self._find_media():
             yield found
-        for bot in sorted(self._bots - self._serving_others):
-            stream, key = f"KV_{self._names.polls}", f"$KV.{self._names.polls}.{to_subject_token(bot)}"
-            async for stored in self._history.read(stream, key):
-                if stored.data:  # no delete marker
-                    yield Found("poll", stream, stored, bot=bot)
 
     def _places(self) -> list[tuple[StoredKind, str, str]]:
         names, sandbox = self._names, self._sandbox or "*"
@@ -120,8 +113,6 @@ class PersonSearch:
         tokens = stored.subject.split(".")
         sandbox = about.sandbox or (tokens[2] if kind in OF_PERSON else tokens[-1] if kind == "command" else "")
         is_elsewhere = self._sandbox not in (None, sandbox)
-        if kind == "binding" and (is_elsewhere or about.user not in ("", self._user)):
-            self._serving_others.add(about.bot or "")
         if is_elsewhere or (isinstance(about, _AboutEntry) and about.ended):  # the end keeps later writes out
             return None
         if self._user == about.user:
@@ -185,16 +176,13 @@ class Erasure:
         names: Names,
         bindings: Bindings,
         buckets: Mapping[str, Bucket],
-        is_released: Callable[[str], Awaitable[bool]],
     ) -> None:
-        """`buckets`: those of persons, polls and logins, by stream name. `is_released`: whether no living
-        replica polls a bot; raises Temporary."""
+        """`buckets`: those of persons and logins, by stream name."""
         self._history = history
         self._events = events
         self._names = names
         self._bindings = bindings
         self._buckets = buckets
-        self._is_released = is_released
 
     async def run(self, command: Erase) -> ControlAnswer:
         """Erases a person whom no bot serves any more; with `dry_run` only counts. Raises Temporary, BusRefused."""
@@ -239,13 +227,9 @@ class Erasure:
     async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
         history, stored = self._history, found.stored
-        if found.kind == "poll":
-            await self._bindings.refresh(found.bot)
-            if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
-                raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
         if bucket := self._buckets.get(found.stream):
             key = stored.subject.split(".", 2)[2]
-            ttl_s = MARK_S if found.kind in ("person", "poll") else 0
+            ttl_s = MARK_S if found.kind == "person" else 0
             try:
                 await bucket.delete(key, stored.seq, ttl_s=ttl_s)
             except Conflict:

@@ -12,11 +12,11 @@ from msgspec import structs
 from adapter.bridge import window
 from adapter.bridge.persons import Persons, StoredPerson
 from adapter.bridge.record import PersonState, SendWindow
+from adapter.bridge.status import PollerStatus, Replicas
 from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus, Window
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError
 from adapter.kit.timing import Clock
-from adapter.ownership.replica_status import OtherReplicas, PollerStatus
 
 BOTS_PER_REQUEST = 1000
 """Keeps request and answers well below the 1 MiB of a message."""
@@ -29,12 +29,12 @@ class BotHealth:
 
     def __init__(
         self,
-        others: OtherReplicas,
+        replicas: Replicas,
         persons: Persons,
         policy: window.WindowPolicy,
         clock: Clock,
     ) -> None:
-        self._others = others
+        self._replicas = replicas
         self._persons = persons
         self._policy = policy
         self._clock = clock
@@ -44,7 +44,7 @@ class BotHealth:
         found: dict[str, BindingHealth] = {}
         for start in range(0, len(bindings), BOTS_PER_REQUEST):
             page = bindings[start : start + BOTS_PER_REQUEST]
-            replicas, living = await self._others.query([binding.bot for binding in page])
+            replicas, living = await self._replicas.query([binding.bot for binding in page])
             polls = {bot: (each.instance, poller) for each in replicas for bot, poller in each.polls.items()}
             absence: tuple[BotStatus, str] = "not_polled", "no replica polls it"
             if len(replicas) < living:

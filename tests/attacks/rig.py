@@ -51,7 +51,7 @@ SAMPLED_S = 0.1
 INBOUND_TIMES, INBOUND_MS = 10, 250
 """The victim's inbound p99 may be so many times its quiet value, or so long."""
 ADAPTER_MIB = 1024
-LOSSES = ("lease.paused", "lease.revoked", "claim.lost")
+LOSSES = ("lease.paused", "lease.lost")
 """Events of the log that say that a replica had to stop what it owned."""
 WRITTEN = 256 * 1024
 """Bytes of one write of a flood."""

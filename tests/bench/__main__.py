@@ -207,7 +207,7 @@ class Bench:
         if bots not in self._stores:
             async with self.rig(f"({bots} bots are bound, and each person writes and is answered)") as (made, nc):
                 adapter = made.adapter()  # the streams are its to make
-                await made.claimed(nc)
+                await made.taken(nc)
                 made.drop(adapter)
                 await made.bind(nc, bots)
                 adapter = await bridge_in(made, "adapter", bots)
@@ -558,8 +558,8 @@ async def bound(bench: Bench) -> None:
     bots = CROWD // bench.part
     async with bench.rig(f"{bots} binds") as (made, nc):
         process = made.adapter()
-        await made.claimed(nc)
-        await asyncio.sleep(SETTLE_S)  # all shards are claimed
+        await made.taken(nc)
+        await asyncio.sleep(SETTLE_S)  # all partitions are taken
         last = (await nc.jetstream().stream_info("WECHAT_CTL")).state.last_seq + bots
         spent = Spent(made.server, process)
         for number in range(bots):

@@ -117,15 +117,16 @@ class Rig:
 
         await eventually(all_are, f"{bots} bots are polled", patience_s=120)
 
-    async def claimed(self, nc: Client) -> None:
-        """Returns once a replica has claimed a shard, as it does when all streams and buckets are there."""
+    async def taken(self, nc: Client) -> None:
+        """Returns once a replica has taken a partition, as it does when all streams and buckets are there."""
 
         async def some_are() -> bool:
             with contextlib.suppress(nats.errors.Error, nats.js.errors.Error):
-                return (await nc.jetstream().stream_info("KV_wechat_claims")).state.messages > 0
+                info = await nc.jetstream().stream_info("KV_wechat_leases", subjects_filter="$KV.wechat_leases.0")
+                return bool(info.state.subjects)
             return False
 
-        await eventually(some_are, "a shard is claimed")
+        await eventually(some_are, "a partition is taken")
 
     async def connect(self) -> Client:
         async def up() -> bool:
@@ -184,7 +185,7 @@ class Rig:
         js = nc.jetstream()
 
         async def stored() -> bool:
-            return (await js.stream_info("KV_wechat_bindings")).state.messages == bots
+            return (await js.stream_info("KV_wechat_bindings")).state.messages == bots + 1  # with the layout key
 
         await eventually(stored, f"{bots} bindings are stored")
 

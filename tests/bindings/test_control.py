@@ -19,7 +19,6 @@ from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import BusRefused, RecordTooNew, Refused, Temporary
-from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, StoredMessage
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeBucket, FakeDelivery
@@ -51,7 +50,7 @@ class Platform:
         """The bucket of bindings lacks nothing."""
         self.complete.set()
         self._sealer, self._erase = sealer or self.bench.sealer, erase
-        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.supervisor.close(bot))
+        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.begin_to_close(bot))
         self.deliveries: list[FakeDelivery] = []
         self._start()
 
@@ -126,7 +125,7 @@ def new_control(
     outcomes: FakeBucket | None = None,
 ) -> Control:
     """As the replica makes it for a tenure of shard 0."""
-    owner = Tenure(0, bench.leases)
+    owner = bench.leases.tenure_of(0)
     binder = Binder(
         bindings=bench.bindings,
         events=bench.events,
@@ -452,7 +451,7 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
     assert (unbind.acks, behind.acks, inbox(platform)) == (0, 0, ["hello"])
     assert platform.binding().closing == unbind.seq
     platform.bench.leases.owned.add(platform.bench.names.partition_of("s1"))
-    platform.bench.replica.supervisor.close(BOT)
+    platform.bench.begin_to_close(BOT)
     await asyncio.sleep(1)
     assert (unbind.acks, behind.acks, inbox(platform)) == (1, 1, [])
     assert platform.bound == {"b2@im.bot": "s1", "b3@im.bot": "s2"}
@@ -462,14 +461,14 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
 async def test_an_unbind_goes_on_once_the_owner_can_confirm_it(problem: Exception, platform: Platform) -> None:
     """Nobody else tries it again while the owner lives."""
     await platform.bind()
-    supervisor, fails = platform.bench.replica.supervisor, Failing(4, problem)
-    is_released = supervisor.is_released
+    persons, fails = platform.bench.persons, Failing(4, problem)
+    end = persons.end
 
-    async def fails_first(bot: str, *, ask: bool) -> bool:
+    async def fails_first(key: PersonKey, **fields: Any) -> None:
         await fails()
-        return await is_released(bot, ask=ask)
+        await end(key, **fields)
 
-    supervisor.is_released = fails_first  # type: ignore[method-assign]
+    persons.end = fails_first  # type: ignore[method-assign]
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(200)
     assert (unbind.acks, platform.bound) == (1, {})

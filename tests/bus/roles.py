@@ -22,14 +22,7 @@ HEADS = (*COLUMNS[:5], "sandbox: its own", "untrusted: its own", "sandbox: anoth
 
 STREAMS = (
     *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD"),
-    *(
-        "KV_wechat_bindings",
-        "KV_wechat_persons",
-        "KV_wechat_polls",
-        "KV_wechat_readers",
-        "KV_wechat_members",
-        "KV_wechat_claims",
-    ),
+    *("KV_wechat_bindings", "KV_wechat_persons", "KV_wechat_readers", "KV_wechat_leases"),
     *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
@@ -67,8 +60,7 @@ SUBJECTS = [
         ("wechat.ctl.erase", "operator platform"),
         *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c.1", *EVENTS)),
         ("wechat.dead.WECHAT_OUT", "adapter"),
-        ("wechat.adapter.polled", "adapter"),
-        ("wechat.kv.replica_status", "adapter"),
+        *((f"wechat.adapter.{rest}", "adapter") for rest in ("here", "polled", "polls.r")),
         ("wechat.kv.wechat_bindings.b", ""),
         ("wechat.svc.bindings.list", "adapter operator platform agents"),
         ("wechat.svc.bindings.get", "operator platform"),
@@ -118,7 +110,7 @@ SUBJECTS = [
         ("wechat.event.*.>", "operator platform agents"),
         ("wechat.event.*.receipt.>", "operator platform service agents"),
         ("wechat.dead.>", ""),
-        ("wechat.adapter.polled", "adapter"),
+        *((f"wechat.adapter.{rest}", "adapter") for rest in ("here", "polled", "polls.r", ">")),
         ("wechat.kv.>", "adapter"),
         ("wechat.svc.>", "adapter"),
         ("wechat.svc.media.get.<sandbox>", "adapter"),
@@ -173,8 +165,13 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
     ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
-    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims"}),
+    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_leases"}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
+    ("$JS.API.DIRECT.GET.<stream>.$KV.wechat_bindings.b", {"adapter": ALL, "operator": READ}),
+    (
+        "$JS.API.DIRECT.GET.<stream>.$KV.wechat_bindings.layout",
+        {"adapter": ALL, "operator": f"{READ} KV_wechat_bindings"},
+    ),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),
     ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),

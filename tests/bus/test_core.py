@@ -24,7 +24,7 @@ async def test_what_is_published_needs_no_stream(rig: Rig) -> None:
 
 async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
     """One that says nothing costs the time, not the answers of the others."""
-    subject, core = NAMES.replica_status(), CoreNats(rig.connection)
+    subject, core = NAMES.polls_of("r1"), CoreNats(rig.connection)
     assert await core.query_replicas(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
     async with asyncio.TaskGroup() as group:
         links = [ManagedConnection(rig.bus.settings, f"replica {number}") for number in range(3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from structlog.testing import capture_logs
 
+from adapter.contract.names import LAYOUT_KEY
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
 from tests.bus.rig import NAMES, Rig
@@ -23,7 +24,7 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_lack_ke
     await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     with capture_logs() as logs:
         assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [bucket.stream])
-    assert [(line["event"], line["keys"], line["at_least"]) for line in logs] == [("bucket.incomplete", 0, 2)]
+    assert [(line["event"], line["keys"], line["at_least"]) for line in logs] == [("bucket.incomplete", 1, 2)]
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
     assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [])
@@ -64,19 +65,19 @@ async def test_streams_of_a_newer_version_are_no_alteration(rig: Rig) -> None:
     config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
     changed = {key: value for key, value in config.items() if key != "subject_transform"}
     await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", changed)
-    claims = rig.bucket(NAMES.claims)
+    bindings = rig.bucket(NAMES.bindings)
     await topology.write_layout(rig.connection, NAMES, rig.bus.settings)
-    layout = await claims.get(topology.KEY)
+    layout = await bindings.get(LAYOUT_KEY)
     assert layout is not None
     newer = msgspec.json.encode(topology.Layout(topology.LAYOUT + 1))
-    revision = await claims.write(topology.KEY, newer, layout.revision)
+    revision = await bindings.write(LAYOUT_KEY, newer, layout.revision)
     with capture_logs() as logs:
         for _ in range(2):
             assert await inspector.inspect_streams(rig.connection) == []
     assert [(line["event"], line["log_level"]) for line in logs] == [("layout.differs", "warning")]
     assert "use a newer program" in logs[0]["detail"]
     assert list(inspector.altered) == ["layout"]
-    await claims.write(topology.KEY, layout.value, revision)
+    await bindings.write(LAYOUT_KEY, layout.value, revision)
     with capture_logs() as logs:
         await inspector.inspect_streams(rig.connection)
     assert [line["event"] for line in logs] == ["layout.restored", "stream.altered"]

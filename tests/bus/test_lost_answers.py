@@ -88,8 +88,8 @@ async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, pl
 
 
 async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lossy: Lossy) -> None:
-    bucket = KvBucket(rig.connection, NAMES.claims)
-    loss = lose_ack(lossy, f"KV_{NAMES.claims}")
+    bucket = KvBucket(rig.connection, NAMES.leases)
+    loss = lose_ack(lossy, f"KV_{NAMES.leases}")
     with pytest.raises(Temporary):
         await bucket.write("1", b"me", 0)
     assert loss.has_happened

@@ -99,7 +99,7 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
         return Reply(said, {})
 
     monkeypatch.setattr(rig.connection, "request", request)
-    bucket = KvBucket(rig.connection, NAMES.members)
+    bucket = KvBucket(rig.connection, NAMES.leases)
     with pytest.raises(Temporary):
         await bucket.get("me")
     if said != b"{}":

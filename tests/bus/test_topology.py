@@ -13,14 +13,14 @@ from structlog.testing import capture_logs
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import COMMAND_BYTES
-from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
+from adapter.contract.names import H_COMMAND, H_MSG_ID, LAYOUT_KEY, Names
 from adapter.errors import BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.jetstream.topology import KEY, LAYOUT, Layout, read_layout, shape_of
+from adapter.jetstream.topology import LAYOUT, Layout, read_layout, shape_of
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage
@@ -159,6 +159,27 @@ async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
         assert await read_layout(rig.connection, NAMES) == Layout(LAYOUT, shape_of(bus.settings))
 
 
+@pytest.mark.parametrize(("served", "deleted"), [(True, True), (False, True), (True, False)])
+async def test_a_start_makes_nothing_anew_of_what_was_deleted(bus: Bus, *, served: bool, deleted: bool) -> None:
+    """The bucket of bindings has the key itself: what adapters have stored elsewhere says that there was one. Leases
+    and logins are in no backup."""
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        if served:
+            await store_all(rig.publisher, [BusMessage("event", NAMES.event("s1", "binding"), b"{}", {})])
+        gone = [NAMES.leases, NAMES.logins, *([NAMES.bindings] if deleted else [])]
+        for bucket in gone:
+            await rig.connection.api_request(f"STREAM.DELETE.KV_{bucket}")
+        if served and deleted:
+            with pytest.raises(SettingsError, match=f"KV_{NAMES.bindings}: missing. Restore"):
+                await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        else:
+            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        missing, _, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
+        left = {f"KV_{name}" for name in gone} if served and deleted else set()
+        assert {wanted.name for wanted in missing} == left
+
+
 async def test_the_layout_key_has_the_settings_of_the_adapter_that_started_last(bus: Bus) -> None:
     async with rig_on(bus) as rig:
         for hours in (72.0, 100.0):
@@ -184,10 +205,10 @@ async def test_streams_of_another_layout_are_reported_at_the_start_and_while_run
         inspector = Inspector(NAMES, bus.settings, at_least={})
         await inspector.inspect_streams(rig.connection)
         assert inspector.altered == {}
-        claims = KvBucket(rig.connection, NAMES.claims)
-        entry = await claims.get(KEY)
+        bindings = KvBucket(rig.connection, NAMES.bindings)
+        entry = await bindings.get(LAYOUT_KEY)
         assert entry is not None
-        await claims.write(KEY, value, entry.revision)
+        await bindings.write(LAYOUT_KEY, value, entry.revision)
         await inspector.inspect_streams(rig.connection)
         assert list(inspector.altered) == ["layout"]
         with pytest.raises(SettingsError, match=advice):

@@ -23,6 +23,7 @@ from adapter.contract.messages import (
     Unbind,
 )
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
+from adapter.contract.records import Lease
 from adapter.jetstream.topology import partition_consumer
 
 PAGE = 2
@@ -57,7 +58,15 @@ class StandIn:
         await nc.subscribe(names.out("*"), cb=self._on_out)
         await nc.subscribe(names.svc("bindings.list"), cb=self._on_list)
         await nc.subscribe("$SRV.PING.wechat-nats", cb=self._on_ping)
+        await self.renew(*range(names.partitions))
         await nc.flush()
+
+    async def renew(self, *partitions: int) -> None:
+        """Writes that it owns them."""
+        for number in partitions:
+            subject = f"$KV.{self._bus.names.leases}.{number}"
+            await self._bus.nc.publish(subject, msgspec.json.encode(Lease(owner="standin-0")))
+        await self._bus.nc.flush()
 
     async def _on_bind(self, msg: Msg) -> None:
         self.asked.append(msgspec.json.decode(msg.data, type=Bind))

@@ -14,17 +14,16 @@ import pytest
 from adapter.bridge.entries import Entry, Secrets, encode_end, encode_entry
 from adapter.bridge.persons import seal_state
 from adapter.bridge.record import PersonState
-from adapter.cli import permission_checks
+from adapter.cli import doctor, permission_checks
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
-from adapter.contract.names import to_subject_token
-from adapter.contract.records import Binding, PersonKey, ReaderRecord
+from adapter.contract.names import LAYOUT_KEY, to_subject_token
+from adapter.contract.records import Binding, Lease, PersonKey, ReaderRecord
 from adapter.environment import read_settings
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.topology import KEY
 from adapter.security.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
@@ -63,6 +62,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: BusConnection) -> 
     assert "fail" not in result.out
     assert re.search(r"\bnats-server [0-9]+\.[0-9]+\.[0-9]+, 127\.0\.0\.1:", result.out)
     assert "1 running, version 0.1.0" in result.out
+    assert "32 of standin" in result.out
     assert "1 polling" in result.out
 
 
@@ -161,6 +161,25 @@ async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: BusConn
             assert result.code == 1
 
 
+async def test_partitions_that_nobody_renews_fail(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of one is dead, the key of another was deleted. One that was just released is about to be taken."""
+    monkeypatch.setattr(doctor, "SILENT_S", 0.5)
+    leases = KvBucket(bus.connection, bus.names.leases)
+    async with answering(bus) as adapter:
+        await leases.write("8", None, None)
+        for _ in range(2):  # an adapter's answer is waited for for longer than that
+            await adapter.renew(*({*range(bus.names.partitions)} - {3, 7, 8}))
+            await leases.write("7", msgspec.json.encode(Lease(left=("standin-0",))), None)
+            result = await cli("doctor", "--json")
+    state, words = said(result, "partitions")
+    assert (result.code, state) == (1, "fail")
+    assert re.match(r"Nobody renews 3 \([0-9]+ s ago\), 8 \(never\): .*; 1 of nobody yet, 29 of standin\.", words), (
+        words
+    )
+
+
 async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: BusConnection) -> None:
     config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_in}", config | {"max_msgs_per_subject": 5})
@@ -209,10 +228,10 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await crowded(bus)
-    claims = KvBucket(bus.connection, bus.names.claims)
-    layout = await claims.get(KEY)
+    bindings = KvBucket(bus.connection, bus.names.bindings)
+    layout = await bindings.get(LAYOUT_KEY)
     assert layout is not None
-    await claims.write(KEY, None, layout.revision)
+    await bindings.write(LAYOUT_KEY, None, layout.revision)
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
     assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 3, settings of this shell.")
     refused = await cli("doctor", "--fix", "--json")
@@ -253,7 +272,7 @@ async def test_the_number_of_partitions_changes_while_no_command_waits_and_no_ad
 
 
 async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: BusConnection) -> None:
-    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":4,"settings":{}}', {})
+    await bus.store(f"$KV.{bus.names.bindings}.{LAYOUT_KEY}", b'{"version":4,"settings":{}}', {})
     assert said(await cli("doctor", "--json"), "layout")[0] == "fail"
     refused = await cli("doctor", "--fix")
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
@@ -470,7 +489,8 @@ async def stored_bindings(bus: BusConnection) -> list[Binding]:
     connection = ManagedConnection(bus.settings, "test")
     await connection.adopt_client(bus.nc)
     found = StreamHistory(connection).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
-    return [msgspec.json.decode(stored.data, type=Binding) async for stored in found]
+    values = {stored.subject.rpartition(".")[2]: stored.data async for stored in found}
+    return [msgspec.json.decode(value, type=Binding) for key, value in values.items() if key != LAYOUT_KEY]
 
 
 def sealer(*keys: str) -> Sealer:

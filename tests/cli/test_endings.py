@@ -66,7 +66,7 @@ async def test_the_first_ctrl_c_of_run_says_what_it_waits_for_and_how_long(serve
     main, terminal = pty.openpty()
     env = {**ENVIRON, "WECHAT_NATS_DRAIN_S": "7"}
     async with started("run", stderr=terminal, env=env) as process:
-        await printed(process, b"shards.claimed")  # before, there is nothing to give back, and it ends at once
+        await printed(process, b"partitions.taken")  # before, there is nothing to give back, and it ends at once
         os.kill(server.pid, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
         what = b"waiting for open polls and for answers to what is being sent."

@@ -27,7 +27,7 @@ from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command, stored
 from tests.cli.process import TOKEN_KEY, on_terminal, seen
 
-KINDS = {"person", "login", "message", "event", "receipt", "dead_letter", "media", "poll"}
+KINDS = {"person", "login", "message", "event", "receipt", "dead_letter", "media"}
 """All that is there once a person's bots are unbound and their commands have ended."""
 
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
 from adapter.console import languages, server, service
 from adapter.console import pages as pages_module
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
@@ -28,7 +29,6 @@ from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins import records
 from adapter.logins.records import LoginRecords, next_step
 from adapter.logins.service import LoginService
-from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.security.seal import login_context
 from adapter.services.health import BotHealth
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
@@ -45,7 +45,7 @@ class AnyThreadsClock(FakeClock):
         return time.monotonic()
 
 
-class FakeReplicas(OtherReplicas):
+class FakeReplicas(Replicas):
     """Replicas that answer with what the test says."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class FakeReplicas(OtherReplicas):
         if self.away:
             raise Temporary("bus_down")
         polls = {bot: polling for bot, polling in self.polls.items() if bot in bots}
-        status = ReplicaStatus(instance="r1", version="1", shards=32, bots=len(polls), polls=polls)
+        status = ReplicaStatus(instance="r1", version="1", partitions={0: 1000}, bots=len(polls), polls=polls)
         return [status], self.living
 
 
@@ -76,6 +76,7 @@ class Office:
             self.ilink,
             self.bench.bindings,
             self.bench.leases,
+            self.bench.presence,
             self.bench.bus,
             self.bench.names,
             self.bench.sealer,
@@ -424,6 +425,11 @@ async def test_what_nobody_sees_is_shown(office: Office, unseen: str) -> None:
         page = (await office.browser.get(path)).text
         assert unseen not in page
         assert f"\\x{ord(unseen):02x}" in page
+
+
+async def test_each_page_shows_the_replicas_with_what_they_own(office: Office) -> None:
+    page = (await office.browser.get("/logins")).text
+    assert '<b>r1</b> 1 · 0 bots, <span title="0 for 1 s">1 partition</span>' in page
 
 
 async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:

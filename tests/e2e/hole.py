@@ -27,6 +27,12 @@ class Hole:
         """From now on nothing gets through, and nobody is told."""
         self._swallows = True
 
+    def mend(self) -> None:
+        """From now on new connections get through; those of before are over."""
+        self._swallows = False
+        for task in self._tasks:
+            task.cancel()
+
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
         return self
@@ -40,7 +46,11 @@ class Hole:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._there.hostname, self._there.port)
+        try:
+            there, back = await asyncio.open_connection(self._there.hostname, self._there.port)
+        except OSError:  # nobody listens there now
+            writer.close()
+            return
         for source, sink in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._pump(source, sink))
             self._tasks.add(task)

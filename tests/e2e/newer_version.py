@@ -29,11 +29,11 @@ def _renewed(name: str, before: str, after: str) -> ModuleType:
 
 
 def raise_versions() -> None:
-    """Of all private records but members and claims, before anything has imported them."""
+    """Of all private records but leases, before anything has imported them."""
     _renewed(
         "adapter.contract.records",
         'tag_field="v", tag=1):\n',
-        'tag_field="v", tag=lambda name: 1 if name in ("Claim", "Member") else 2):\n',
+        'tag_field="v", tag=lambda name: 1 if name == "Lease" else 2):\n',
     )
     decoding = _renewed(
         "adapter.observability.decoding",

@@ -368,7 +368,7 @@ class Soak:
         await self.unbind(sandbox)
 
     async def help_out(self, helper: AdapterProcess) -> None:
-        """A third replica that comes and goes: shards move there and back."""
+        """A third replica that comes and goes: partitions move there and back."""
         while True:
             await asyncio.sleep(HELPER_EVERY_S)
             self.counts["replicas that came and went"] += 1
@@ -405,7 +405,7 @@ PNG = base64.b64encode(
 
 
 class Measured(NamedTuple):
-    """What a run measured: each figure by name, and the shard time of each process."""
+    """What a run measured: each figure by name, and the CPU time of each process."""
 
     series: dict[str, Series]
     cpu: dict[str, float]

@@ -55,7 +55,7 @@ async def shares(made: World) -> None:
     for adapter in made.adapters:
         before = len(adapter.lines("adapter.started"))
         await until(
-            lambda adapter=adapter, before=before: len(adapter.lines("shards.claimed")) >= before,  # type: ignore[misc]
+            lambda adapter=adapter, before=before: len(adapter.lines("partitions.taken")) >= before,  # type: ignore[misc]
             "it owns something",
         )
     await asyncio.sleep(3)  # trades in progress end

@@ -22,9 +22,7 @@ LEADERS = (
     NAMES.stream_event,
     f"KV_{NAMES.persons}",
     f"KV_{NAMES.readers}",
-    f"KV_{NAMES.polls}",
-    f"KV_{NAMES.members}",
-    f"KV_{NAMES.claims}",
+    f"KV_{NAMES.leases}",
     f"KV_{NAMES.bindings}",
 )
 

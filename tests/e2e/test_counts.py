@@ -58,7 +58,7 @@ async def every_outcome(made: World, nc: Client, turn: str) -> int:
 async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replicas(tmp_path: Path) -> None:
     """accepted + accepted_unconfirmed + refused + uncertain + dead_lettered + duplicate + parked + in flight = sent.
 
-    Each that ended has its receipt, also while shards move from one replica to another.
+    Each that ended has its receipt, also while partitions move from one replica to another.
     """
     ports = [free_port(), free_port()]
     async with world(tmp_path, environ={"WECHAT_NATS_SEND_TIMEOUT_S": "1"}) as made:
@@ -77,7 +77,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         await eventually(all_stored, "all have been heard")
         first = await every_outcome(made, nc, "first")
         second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[1]}")
-        await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
+        await until(lambda: "partitions.taken" in second.log.read_text(), "the second replica has its share")
         taken = first + await every_outcome(made, nc, "second")
 
         values: dict[str, float] = {}
@@ -92,7 +92,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         await eventually(at_rest, "all that was taken has ended or is parked", patience_s=400)
         outcomes = by_label(values, "outbound_messages_total", "outcome")
         assert sum(outcomes.values()) + values["outbound_parked"] == taken
-        # what was delivered to one replica while it gave the shard away, neither counts as taken
+        # what was delivered to one replica while it gave the partition away, neither counts as taken
         assert first < values["outbound_received_total"] <= taken
         assert set(outcomes) == OUTCOMES | {"duplicate"}
         assert outcomes.pop("duplicate") == 2

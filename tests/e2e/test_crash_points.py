@@ -18,7 +18,7 @@ from tests.e2e.world import World, audit, world
 PUBLISH = (b"HPUB wechat.inbox.",)
 PUBLISHED = (b"MSG", b'{"stream":"WECHAT_IN"')
 RING = (b"HPUB wechat.in.",)
-POLL = (b"HPUB $KV.wechat_polls.",)
+LEASE = (b"HPUB $KV.wechat_leases.", b'"owner"')
 RECORD = (b"HPUB $KV.wechat_persons.",)
 READ = (b"PUB $JS.API.DIRECT.GET.WECHAT_IN ",)
 READ_RECORDS = (b"PUB $JS.API.DIRECT.GET.KV_wechat_persons ",)
@@ -50,10 +50,9 @@ POINTS = {
 }
 
 TAKES = {
-    "before-a-bot-is-taken": Point(POLL, 0),
-    "after-one-bot-is-taken": Point(POLL, 1),
+    "before-a-partition-is-taken": Point(LEASE, 0),
+    "between-partitions-that-are-taken": Point(LEASE, 16),
     "before-the-entries-are-read": Point(READ, 0),
-    "between-the-reads-of-entries": Point(READ, 1),
     "within-what-is-read": Point(FOUND, 1),
     "before-the-records-are-read": Point(READ_RECORDS, 0),
     "before-a-record-is-written": Point(RECORD, 0),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.waiting import until
-from tests.e2e.world import world
+from tests.e2e.waiting import eventually, until
+from tests.e2e.world import NAMES, stream, world
 
 DRAIN_S = 10
 LEASE_S = 4
@@ -63,6 +63,11 @@ async def test_sigterm_ends_a_replica_whatever_is_gone(
         else:
             await made.bind(nc, "s1", bot)
             await until(lambda: made.sim.stats().parked == 1, "a poll waits")
+
+        async def is_bind_deleted() -> bool:
+            return not await stream(nc, NAMES.stream_ctl, ">")
+
+        await eventually(is_bind_deleted, "its token is on no disk any more")
         if nats == "killed":
             made.server.kill()
         elif nats == "frozen":

@@ -15,7 +15,7 @@ from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 STREAMS = (
     *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
-    *(f"KV_{NAMES.persons}", f"KV_{NAMES.polls}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
+    *(f"KV_{NAMES.persons}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
 )
 
 
@@ -49,7 +49,7 @@ async def erase(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlA
 
 
 async def erased(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlAnswer:
-    """The answer of the request that finished. One that shard 0 leaves, or whose owner died, says so."""
+    """The answer of the request that finished. One that partition 0 leaves, or whose owner died, says so."""
     answer, number = await erase(made, nc, bot, ident), 0
     while not answer.ok:
         assert "erase again" in answer.error

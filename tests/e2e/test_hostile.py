@@ -1,4 +1,4 @@
-"""A sandbox that means ill, beside one that does not and shares its shard: the other one must not notice."""
+"""A sandbox that means ill, beside one that does not and shares its partition: the other one must not notice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, f
 BAD = "bad"
 NEIGHBOURS = (f"good{number}" for number in range(10_000))
 GOOD = next(name for name in NEIGHBOURS if NAMES.partition_of(name) == NAMES.partition_of(BAD))
-"""In the shard of the other one."""
+"""In the partition of the other one."""
 
 HEADERS: dict[str, bytes] = {
     "a-status": b"Status: 409\r\nDescription: Consumer Deleted",
@@ -83,7 +83,7 @@ async def wait_receipts(made: World, nc: Client, idents: set[str], outcomes: tup
 
 async def test_headers_are_a_strangers_words(tmp_path: Path) -> None:
     """Whatever stands in the headers of commands, also of parked and routed ones: they go their way, and the others
-    of the shard theirs; also after a crash, when all of it is read back."""
+    of the partition theirs; also after a crash, when all of it is read back."""
     async with world(tmp_path) as made:
         adapter = await made.add_adapter()
         nc = await both(made)
@@ -126,7 +126,7 @@ async def flood(made: World, nc: Client, idents: list[str], *, sandbox: str = BA
 
 @pytest.mark.slow
 async def test_a_sandbox_with_thousands_of_commands_delays_nobody(tmp_path: Path) -> None:
-    """Its user is sent one message in a minute, so its commands wait for days. The other sandbox of the shard is
+    """Its user is sent one message in a minute, so its commands wait for days. The other sandbox of the partition is
     served at once, also after a crash, when all of them are delivered again."""
     slowly = {"WECHAT_NATS_SENDS_PER_WINDOW": "0", "WECHAT_NATS_SEND_GAP_MS": "60000"}
     async with world(tmp_path, environ=slowly, quota=0) as made:
@@ -216,7 +216,7 @@ MEAN = {
     "brackets": "[" * 99 + "-+" * 19_900,
     "table": "|a" * 100 + "\n" + "|-" * 100 + "\n" + "a\n" * 19_000,
 }
-LOST = ("lease.paused", "lease.revoked", "claim.lost")
+LOST = ("lease.paused", "lease.lost", "lease.expired")
 
 
 async def test_a_text_that_takes_long_to_read_delays_nobody(tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ async def ready(made: World, *adapters: AdapterProcess) -> Client:
 
 
 def owned(adapter: AdapterProcess) -> int:
-    lines = [msgspec.json.decode(line) for line in adapter.log.read_bytes().splitlines() if b"shards.claimed" in line]
+    lines = [
+        msgspec.json.decode(line) for line in adapter.log.read_bytes().splitlines() if b"partitions.taken" in line
+    ]
     return int(lines[-1]["owned"]) if lines else 0
 
 

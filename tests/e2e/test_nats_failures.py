@@ -22,6 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import ImageItem, Login, LoginQuery
+from adapter.contract.names import LAYOUT_KEY
 from adapter.jetstream.topology import partition_consumer
 from tests import snapshots
 from tests.e2e.lossy import Lossy
@@ -134,7 +135,7 @@ async def operator(made: World, *command: str) -> str:
 
 
 async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None:
-    """The router's, the control commands' and every shard's, thrice, under load."""
+    """The router's, the control commands' and every partition's, thrice, under load."""
     async with running(tmp_path) as (made, nc, adapter):
         loading = asyncio.create_task(loaded(made, nc, 10, pause_s=0.3))
         names = [f"{NAMES.stream_out}.{partition_consumer(NAMES.partition_of(sandbox))}" for sandbox in made.bots]
@@ -193,7 +194,8 @@ async def test_a_binding_that_is_deleted_by_hand_is_unbound(tmp_path: Path) -> N
         bucket = await nc.jetstream().key_value(NAMES.bindings)
         # nats-py's `keys` says now and then that there is none
         stored = await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")
-        first, second, _ = [subject.removeprefix(f"$KV.{NAMES.bindings}.") for subject, _ in stored]
+        keys = [subject.removeprefix(f"$KV.{NAMES.bindings}.") for subject, _ in stored]
+        first, second, _ = [key for key in keys if key != LAYOUT_KEY]
         await bucket.delete(first)
         with pytest.raises(APIError, match="rollup not permitted"):
             await bucket.purge(second)
@@ -237,7 +239,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await loaded(made, nc, 3)
         await made.settle(nc)
         assert (await audit(made, nc)).faults() == []
-        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.claims}")
+        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.leases}")
         for name in gone:
             assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
 
@@ -454,16 +456,16 @@ async def test_a_full_stream_drops_its_oldest_or_refuses_or_delays_as_promised(t
 async def test_a_lease_that_cannot_be_renewed_is_reported(tmp_path: Path) -> None:
     """All else of JetStream answers, and nothing is polled: it must not look ready, nor as if its bots were heard."""
     async with running(tmp_path, bots=3) as (made, nc, adapter):
-        members = f"KV_{NAMES.members}"
-        await change(nc, members, max_msg_size=1)
+        leases = f"KV_{NAMES.leases}"
+        await change(nc, leases, max_msg_size=1)
 
         async def is_reported() -> bool:
-            return "the lease cannot be renewed: 10054" in (await adapter.unready()).get("jetstream", "")
+            return "no lease can be renewed: 10054" in (await adapter.unready()).get("jetstream", "")
 
         await eventually(is_reported, "it is not ready")
         assert made.sim.stats().parked == 0
         assert await adapter.metric("oldest_poll_age_seconds") > 5
-        await change(nc, members, max_msg_size=-1)
+        await change(nc, leases, max_msg_size=-1)
         await until(lambda: made.sim.stats().parked == 3, "all are polled again")
         await eventually(adapter.is_ready, "it is ready again")
         await loaded(made, nc, 2)

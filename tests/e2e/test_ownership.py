@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.records import Claim
-from adapter.ownership.leases import rank
+from adapter.contract.records import Lease
 from tests.e2e.audit import Said, audit
 from tests.e2e.hole import Hole
 from tests.e2e.lossy import Lossy
@@ -81,21 +81,10 @@ async def newest(nc: Client, name: str, subjects: str) -> dict[str, tuple[int, b
     return found
 
 
-async def poll_owners(nc: Client) -> dict[str, tuple[int, str]]:
-    """Revision and owner of each bot's poll key."""
-    found = await records(nc, NAMES.polls)
-    return {bot: (seq, msgspec.json.decode(value).get("owner", "")) for bot, (seq, value) in found.items()}
-
-
-async def owners(nc: Client) -> dict[str, tuple[int, str]]:
-    """Revision and owner of each shard's claim. Another key of the bucket is the layout."""
-    claims = {key: claim for key, claim in (await records(nc, NAMES.claims)).items() if key.isdigit()}
-    return {shard: (seq, msgspec.json.decode(value, type=Claim).owner) for shard, (seq, value) in claims.items()}
-
-
-def belongs(replicas: list[str], shard: int) -> str:
-    """Whose a shard should be."""
-    return max(replicas, key=lambda name: rank(name, shard))
+async def owners(nc: Client) -> dict[str, str]:
+    """The owner of each partition."""
+    keys = {key: value for key, (_, value) in (await records(nc, NAMES.leases)).items() if key.isdigit()}
+    return {number: msgspec.json.decode(value, type=Lease).owner for number, value in keys.items()}
 
 
 def times(adapter: AdapterProcess, event: str) -> list[float]:
@@ -132,26 +121,15 @@ async def freeze_and_look(made: World, *, mode: str) -> None:
 
     await until(taken_over, "the other replica polls all of them")
     await made.settle(nc, lossy=mode == "ack_on_delivery")
-    polls = await poll_owners(nc)
-    assert len({owner for _, owner in polls.values()}) == 1, "the other replica owns every bot"
+    assert len({*(await owners(nc)).values()}) == 1, "the other replica owns every partition"
 
     thawed_ms = made.sim.now_ms
-    claimed = len(times(two.first, "shards.claimed"))
+    claimed = len(times(two.first, "partitions.taken"))
     two.first.signal(signal.SIGCONT)
-    looks = 0
-    while True:
-        found = await poll_owners(nc)
-        if len(times(two.first, "shards.claimed")) > claimed:
-            break  # what it does from here on, it does as a new owner
-        looks += 1
-        for bot, (seq, owner) in found.items():
-            before_seq, before = polls[bot]
-            # its owner may be giving it back already, to the one that was stopped and has joined anew
-            unchanged = seq == before_seq or owner in ("", before)
-            assert unchanged, "the one that was stopped took a bot"
-    assert looks
-    assert times(two.first, "lease.revoked")
-    since_ms = times(two.first, "shards.claimed")[claimed]
+    # what it does after its next taking, it does as a new owner
+    await until(lambda: len(times(two.first, "partitions.taken")) > claimed, "it has a share again")
+    assert times(two.first, "lease.lost")
+    since_ms = times(two.first, "partitions.taken")[claimed]
     for endpoint in ("getupdates", "sendmessage", "sendtyping"):
         late = [
             one for one in asked(made, endpoint, since_ms=thawed_ms) if one[1] == two.first_host and one[2] < since_ms
@@ -199,7 +177,7 @@ async def test_a_publish_that_a_stopped_replica_repeats_is_stored_once(tmp_path:
         await made.settle(nc, lossy=mode == "ack_on_delivery")
         await asyncio.sleep(3 * FORGETS_S)  # the length of the pause, not a wait for something
         two.first.signal(signal.SIGCONT)
-        await until(lambda: times(two.first, "lease.revoked") != [], "it knows that it has lost the bot")
+        await until(lambda: times(two.first, "lease.lost") != [], "it knows that it has lost the bot")
         await made.settle(nc)
         made.say(sandbox, "after")
         await made.settle(nc)
@@ -232,7 +210,7 @@ async def test_a_replica_that_leaves_without_nats_stops_polling_before_the_other
         async with Hole(made.url) as hole:
             two = await two_replicas(made, nc, NATS_URL=hole.url)
             hole.swallow()
-            await until(lambda: NAMES.members.encode() in hole.swallowed, "a renewal gets no answer")
+            await until(lambda: NAMES.leases.encode() in hole.swallowed, "a renewal gets no answer")
             two.first.signal(signal.SIGTERM)
             since_ms, bots = made.sim.now_ms, {one.bot for one in made.bots.values()}
             theirs = {bot for bot, host in pollers(made).items() if host == two.first_host}
@@ -244,17 +222,16 @@ async def test_a_replica_that_leaves_without_nats_stops_polling_before_the_other
 
 
 async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> None:
-    """All pause, nobody takes over, all go on, and all polls are there again; no claim is written for it."""
+    """All pause, nobody takes over, all go on, and all polls are there again."""
     async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
         nc = await made.nc()
         two = await two_replicas(made, nc)
 
         async def shared() -> bool:
-            found = {shard: owner for shard, (_, owner) in (await owners(nc)).items()}
-            both = sorted(set(found.values()) - {""})
-            return len(both) == 2 and found == {str(shard): belongs(both, shard) for shard in range(NAMES.partitions)}
+            counts = Counter((await owners(nc)).values())
+            return len(counts) == 2 and "" not in counts and max(counts.values()) == counts.total() / 2
 
-        await eventually(shared, "each shard is where it belongs, so that none moves any more")
+        await eventually(shared, "each has its share, so that none moves any more")
         shared_ms, bots = made.sim.now_ms, {one.bot for one in made.bots.values()}
         await until(lambda: set(pollers(made, since_ms=shared_ms)) == bots, "and each bot is polled from there")
         before, polled_by = await owners(nc), pollers(made)
@@ -267,5 +244,5 @@ async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> No
         assert await owners(nc) == before
         for adapter in (two.first, two.second):
             assert len(times(adapter, "lease.paused")) == 1
-            assert times(adapter, "lease.revoked") == []
+            assert times(adapter, "lease.lost") == []
         assert made.sim.violations(kind="concurrent_polls") == []

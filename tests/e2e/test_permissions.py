@@ -265,16 +265,10 @@ def _whole(msg: Msg) -> bytes:
 
 REPLIES = [
     *("wechat.out.s2", "wechat.out", "wechat.in.s2", "wechat.inbox.s2", "wechat.event.s2.receipt.c1.1"),
-    *(
-        "wechat.ctl.bind",
-        "wechat.ctl.unbind",
-        "wechat.adapter.polled",
-        "wechat.kv.replica_status",
-        "wechat.raw.7.x",
-        "wechat.dead.WECHAT_OUT",
-    ),
+    *("wechat.ctl.bind", "wechat.ctl.unbind", "wechat.raw.7.x", "wechat.dead.WECHAT_OUT"),
+    *("wechat.adapter.here", "wechat.adapter.polled", "wechat.adapter.polls.x"),
     *("wechat.svc.replay", "wechat.svc.replay.s2", "wechat.svc.bindings.list", "wechat.svc.login.start"),
-    *("$KV.wechat_bindings.x", "$KV.wechat_claims.7", "$O.wechat_media.C.x", "$O.wechat_media.M.x"),
+    *("$KV.wechat_bindings.x", "$KV.wechat_leases.7", "$O.wechat_media.C.x", "$O.wechat_media.M.x"),
     *("$JS.API.STREAM.PURGE.WECHAT_IN", "$JS.API.STREAM.DELETE.WECHAT_DEAD", "$JS.API.STREAM.CREATE.STOLEN"),
     *("$JS.API.CONSUMER.DELETE.WECHAT_IN.s2", "$JS.API.CONSUMER.CREATE.WECHAT_IN.thief"),
     *("$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.s2", "$JS.ACK.WECHAT_IN.s2.1.2.1.1.0", "$SRV.INFO", "_INBOX_platform.x"),
@@ -320,7 +314,7 @@ async def _state(nc: Client) -> dict[str, Any]:
     """What no sandbox may change: all but its own commands, and what the adapter notes of them and of itself."""
     found: dict[str, Any] = {}
     own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in}
-    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.persons, NAMES.readers, NAMES.claims)}
+    ours = {f"KV_{bucket}" for bucket in (NAMES.persons, NAMES.readers, NAMES.leases)}
     names = json.loads((await nc.request("$JS.API.STREAM.NAMES", timeout=10)).data)["streams"]
     assert set(names) == set(streams(NAMES))
     for name in names:
@@ -330,7 +324,7 @@ async def _state(nc: Client) -> dict[str, Any]:
     for name, subject in (
         (NAMES.stream_in, NAMES.inbox("*")),
         (NAMES.stream_event, NAMES.event("s2", ">")),
-        (f"KV_{NAMES.claims}", f"$KV.{NAMES.claims}.>"),
+        (f"KV_{NAMES.leases}", f"$KV.{NAMES.leases}.>"),
         (f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>"),
     ):
         found[subject] = await stream(nc, name, subject)

@@ -28,7 +28,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         await with_bots(made, nc)
         loading = asyncio.create_task(load(made, nc, rounds=10, pause_s=0.3, rng=random.Random(1)))
         second = await made.add_adapter()
-        await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
+        await until(lambda: "partitions.taken" in second.log.read_text(), "the second replica has its share")
         await loading
         await made.settle(nc)
         found = await audit(made, nc)
@@ -48,10 +48,10 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
             assert await adapter.ended() == 0
             await loading
             await made.settle(nc)
-            before = adapter.log.read_text().count("shards.claimed")
+            before = adapter.log.read_text().count("partitions.taken")
             await adapter.start()
             await until(
-                lambda adapter=adapter, before=before: adapter.log.read_text().count("shards.claimed") > before,  # type: ignore[misc]
+                lambda adapter=adapter, before=before: adapter.log.read_text().count("partitions.taken") > before,  # type: ignore[misc]
                 "it has its share again",
             )
         found = await audit(made, nc)

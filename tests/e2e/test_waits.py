@@ -233,7 +233,7 @@ async def test_what_is_stored_for_an_unknown_user_is_sent_in_order_once_they_wri
         if crash:
             await made.adapters[0].kill()
             await made.add_adapter()
-            await until(lambda: made.adapters[1].said("shards.claimed") > 0, "another one has taken over")
+            await until(lambda: made.adapters[1].said("partitions.taken") > 0, "another one has taken over")
             await delivered(nc, *sandboxes)
         assert not log.ended_at
         assert made.sim.stats().sends == 0

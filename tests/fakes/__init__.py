@@ -5,7 +5,7 @@ from tests.fakes.bus import Failing, FakeBucket, FakeBus, FakeDelivery
 from tests.fakes.clock import EPOCH_MS, FakeClock, Rounds, VirtualLoop, settle
 from tests.fakes.ilink import FakeChat, FakeLogins, Sent, Wire, batch, raw_message
 from tests.fakes.media import Carried, FakeCdn, FakeObjects
-from tests.fakes.replicas import FakeLeases, Life
+from tests.fakes.replicas import FakeTenure, Life
 
 __all__ = [
     "EPOCH_MS",
@@ -23,9 +23,9 @@ __all__ = [
     "FakeChat",
     "FakeClock",
     "FakeDelivery",
-    "FakeLeases",
     "FakeLogins",
     "FakeObjects",
+    "FakeTenure",
     "Life",
     "Rounds",
     "Sent",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,11 +14,14 @@ from msgspec.structs import replace
 
 from adapter.bindings.binder import Binder
 from adapter.bridge.commands import Limits
+from adapter.bridge.handover import read_polled
+from adapter.bridge.leases import Tenure
 from adapter.bridge.partition import Partition
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import AnswerState, Person
 from adapter.bridge.persons import open_state, seal_state
 from adapter.bridge.poller import BotPoller
+from adapter.bridge.presence import Presence
 from adapter.bridge.receive import ANYBODY
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.sending import SendPolicy
@@ -27,10 +30,10 @@ from adapter.bridge.window import InboundReceived, WindowPolicy
 from adapter.contract.names import Names, person_token, stream_of
 from adapter.contract.records import Binding, PersonKey
 from adapter.kit.slots import FairSlots
+from adapter.kit.timing import PerTickLimiter
 from adapter.observability.metrics import Metrics
 from adapter.ports import StoredMessage
-from adapter.replica.edges import Edges
-from adapter.replica.supervisor import Supervisor
+from adapter.replica.edges import PER_TICK, Edges
 from adapter.replica.wiring import Replica
 from adapter.security.seal import MARK, cursor_context
 from adapter.settings import Settings
@@ -64,6 +67,7 @@ class FakeEdges(Edges):
 
     def __init__(self, bench: Bench) -> None:
         self.clock, self.metrics, self.leases = bench.clock, bench.metrics, bench.leases
+        self.presence, self.ticks = bench.presence, PerTickLimiter(PER_TICK)
         connection: Any = FakeConnection()
         self.connection = self.lease_connection = self.media_connection = connection
         self.service_connection = self.upload_connection = connection
@@ -78,8 +82,6 @@ class FakeEdges(Edges):
         self._buckets: dict[str, Any] = {
             names.bindings: bench.bindings_bucket,
             names.persons: bench.person_bucket,
-            names.polls: bench.poll_bucket,
-            names.claims: bench.claims_bucket,
             names.logins: bench.logins_bucket,
         }
 
@@ -88,17 +90,6 @@ class FakeEdges(Edges):
 
     def bulk_bucket(self, name: str) -> Any:
         return self._buckets[name]
-
-
-class FakeSupervisor(Supervisor):
-    """One whose shards and pollers are the test's."""
-
-    def __init__(self, bench: Bench, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, **options)
-        self._bench = bench
-
-    async def open_shard(self, sandbox: str) -> Partition | None:
-        return await self._bench.open_shard(sandbox)
 
 
 class FakeSessions(dict[str, BotSession]):
@@ -125,7 +116,7 @@ class Bench:
         self,
         world: Bench | None = None,
         *,
-        incarnation: str = "me-1",
+        instance: str = "me",
         limits: Limits = LIMITS,
         metrics: Metrics | None = None,
         token_key: tuple[bytes, ...] = (bytes(32),),
@@ -135,32 +126,33 @@ class Bench:
         self.bus: FakeBus = world.bus if world else FakeBus(self.names, self.clock)
         self.chat: FakeChat = world.chat if world else FakeChat(self.clock)
         self.person_bucket: FakeBucket = world.person_bucket if world else FakeBucket("person", self.bus.writes)
-        self.poll_bucket: FakeBucket = world.poll_bucket if world else FakeBucket("poll", self.bus.writes)
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
-        self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
         self.readers_bucket: FakeBucket = world.readers_bucket if world else FakeBucket("reader", self.bus.writes)
         self.logins_bucket: FakeBucket = world.logins_bucket if world else FakeBucket("login", self.bus.writes)
-        self.core = FakeCoreBus()
-        self.leases = FakeLeases(incarnation)
-        self.metrics = metrics or Metrics()
+        self.core: FakeCoreBus = FakeCoreBus(world.core if world else None)
+        self.presence: Presence = Presence(self.core, self.names, self.clock, instance)
+        self.shards: dict[int, Partition] = {}
+        """By number: the partitions that work here."""
+        self.keys: dict[int, Tenure] = world.keys if world else {}
+        self.leases: FakeLeases = FakeLeases(self.presence, self.clock, self.keys, range(self.names.partitions))
+        self.metrics: Metrics = metrics or Metrics()
         settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
-        self.replica = Replica(settings, edges=FakeEdges(self), new_supervisor=partial(FakeSupervisor, self))
+        self.replica = Replica(settings, edges=FakeEdges(self))
+        self.replica.partitions.working = self.shards
         self.replica.parts.sessions.polled = FakeSessions(self)
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
         self.bindings_bucket.followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
-        self.shards: dict[int, Partition] = {}
-        """By number: those that work here."""
         self.limits = limits
         self.slots = FairSlots(8, share=8)
         """For requests."""
         self.receipts = self.replica.receipts
         self.events, self.sealer = self.replica.events, self.replica.sealer
-        self.persons, self.polls = self.replica.persons, self.replica.polls
+        self.persons = self.replica.persons
         self.uploads = self.replica.parts.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()
@@ -168,16 +160,16 @@ class Bench:
         """Sandboxes whose bot's token was tried again, or not any more."""
         self.polled_now: list[str] = []
         """Bots whose long poll was to end."""
-        self.freed: list[str] = []
-        """The bots that other replicas were told of."""
-        self.idle: set[tuple[str, str]] = set()
-        """Replicas that say that they have no poller of a bot: incarnation and bot."""
         self.elsewhere: set[str] = set()
         """Bots that another replica may still poll."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
         self.polled_at: dict[str, float] = {}
         """When a poll of a bot was last answered."""
+        self.failed: list[str] = []
+        """What said that only a restart helps."""
+        self._speaking: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
         self.binds: Iterator[int] = world.binds if world else itertools.count(1)
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
         self.deliveries: list[FakeDelivery] = world.deliveries if world else []
@@ -208,8 +200,14 @@ class Bench:
     async def close(self, bot: str = "b1@im.bot") -> None:
         """Has the owner of the bot's shard close its binding, as control does before it ends it."""
         await self.bindings.update(bot, lambda now: replace(now, closing=1))
-        self.replica.supervisor.close(bot)
+        self.begin_to_close(bot)
         await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
+
+    def begin_to_close(self, bot: str) -> None:
+        """Closes a bot's binding if it has to be closed, and its partition is this replica's."""
+        if (binding := self.bindings.get(bot)) is not None:
+            self.open_shard(binding.sandbox)
+            self.replica.closing.close(bot)
 
     def binder(self) -> Binder:
         """Applies control commands, as the replica that has the right to."""
@@ -250,7 +248,7 @@ class Bench:
         """The person of a bot, as this replica has them in memory."""
         binding = self.bindings.get(bot)
         assert binding is not None
-        shard = await self.open_shard(binding.sandbox)
+        shard = self.open_shard(binding.sandbox)
         assert shard is not None
         person = shard.person(binding)
         await person.open()
@@ -266,9 +264,11 @@ class Bench:
         if binding.options.auto_typing:
             person.sender.show_typing()
 
-    async def owner(self, bot: str = "b1@im.bot") -> str:
-        """The replica that polls a bot."""
-        return await self.polls.owner(bot)
+    @property
+    def freed(self) -> list[str]:
+        """The bots that other replicas were told of."""
+        polled = [read_polled(data) for subject, data, _ in self.core.published if subject == self.names.polled()]
+        return [each.bot for each in polled if each is not None]
 
     def command(
         self,
@@ -322,17 +322,16 @@ class Bench:
             "policy": policy,
             "slots": defaultdict(lambda: self.slots),
             "limits": self.limits,
-            "keep_s": 3600,
             "is_writable": self.bus_up.is_set,
             "wait_writable": self.bus_up.wait,
-            "others": self,
         }
         return replace(self.replica.parts, **usual | changes)
 
-    def shard(self, sandbox: str = "s1", **changes: Any) -> Partition:
-        """The partition of a sandbox, told of changed bindings as the supervisor tells it."""
+    def shard(self, sandbox: str = "s1", left: Iterable[str] = (), **changes: Any) -> Partition:
+        """The partition of a sandbox, told of changed bindings. `left`: who may still poll and send there."""
         number = self.names.partition_of(sandbox)
-        shard = self.shards[number] = Partition(number, self.parts(**changes))
+        tenure = self.leases.owned[number] = self.leases.tenure_of(number, left)
+        shard = self.shards[number] = Partition(tenure, self.parts(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             here = [
@@ -345,9 +344,74 @@ class Bench:
         self.bindings.add_listener(on_change)
         return shard
 
-    async def open_shard(self, sandbox: str) -> Partition | None:
+    async def run(
+        self, consume: Callable[[Partition], Awaitable[None]], *, capacity: int = 1000, **changes: Any
+    ) -> None:
+        """Runs as the service does, with the partitions that it is told to take. `changes`: of the parts."""
+        self.leases.owned.clear()
+        partitions, closing = self.replica.partitions, self.replica.closing
+        partitions._parts, partitions._capacity = self.parts(**changes), capacity
+        partitions._on_failed = lambda name, detail: self.failed.append(f"{name}: {detail}")
+        if capacity:
+            self.replica.parts.sessions.polled = {}
+
+        async def work(partition: Partition) -> None:
+            closing.begin(partition)
+            await consume(partition)
+
+        self._work = work
+        await self.wake()
+
+    async def wake(self) -> None:
+        """Runs again, behind `rest`."""
+        await self.speak()
+        self._running = asyncio.create_task(self.replica.partitions.run(self._work))
+
+    def rest(self) -> None:
+        """Says nothing more, and follows no tenure or binding."""
+        for task in filter(None, (self._running, self._speaking)):
+            task.cancel()
+        self._running = self._speaking = None
+
+    def kill(self) -> None:
+        """As kill -9 does: it says nothing more, and its connections end."""
+        self.core.is_cut = True
+        self.leases.lose()
+        partitions = self.replica.partitions
+        partitions._tasks.cancel_all()
+        self.rest()
+        for task in (*partitions._polling, *partitions._consuming.values()):
+            task.cancel()
+        for left in [[*self.shards.values()], *partitions._leaving.values()]:
+            for partition in left:
+                partition.stop()
+
+    async def speak(self) -> None:
+        """Says from now on that this replica is here, and hears it."""
+        if self._speaking is None:
+            speaking = self.presence.run(lambda: (len(self.leases.owned), not self.leases.draining))
+            self._speaking = asyncio.create_task(speaking)
+            await asyncio.sleep(0.1)
+
+    async def give(self, *pollers: BotPoller, sandbox: str = "s1") -> None:
+        """Gives the partition of a sandbox away, with these pollers of its bots."""
+        partitions = self.replica.partitions
+        await self.speak()
+        for poller in pollers:
+            partitions.pollers[poller.bot] = poller
+        await partitions.give(self.names.partition_of(sandbox))
+
+    async def drain(self, seconds: float) -> None:
+        """Gives everything away as the replica stops."""
+        await self.speak()
+        if self._running is not None:
+            self._running.cancel()
+        await self.replica.partitions.drain(seconds)
+
+    def open_shard(self, sandbox: str) -> Partition | None:
+        """The partition of a sandbox, begun now unless it has; None: it is another replica's."""
         number = self.names.partition_of(sandbox)
-        if number not in self.shards and self.leases.is_valid and number in self.leases.owned:
+        if number not in self.shards and self.leases.has_lease and number in self.leases.owned:
             self.shard(sandbox)
         return self.shards.get(number)
 
@@ -355,14 +419,6 @@ class Bench:
         self.polled_now.append(bot)
         if self.chat.poll_is_stale:
             self.stale.add(bot)
-
-    # replica_status.OtherReplicas, as the poller meets them ------------------------------------------
-
-    async def publish_polled(self, bot: str = "") -> None:
-        self.freed.append(bot)
-
-    async def is_idle(self, incarnation: str, bot: str) -> bool:
-        return (incarnation, bot) in self.idle
 
     def new_poller(self, bot: str = "b1@im.bot", **changes: Any) -> BotPoller:
         """`changes`: of the parts."""
@@ -372,7 +428,7 @@ class Bench:
         """As `new_poller`, of a kind of its own."""
 
         async def open_person(binding: Binding) -> Person | None:
-            shard = await self.open_shard(binding.sandbox)
+            shard = self.open_shard(binding.sandbox)
             return None if shard is None else shard.person(binding)
 
         def on_session_changed(binding: Binding) -> None:

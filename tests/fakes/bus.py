@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NamedTuple
 
@@ -274,6 +275,11 @@ class FakeBucket:
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
         return [entry for key in keys if (entry := await self.get(key)) is not None]
 
+    async def read_since(self, revision: int) -> list[Entry]:
+        await asyncio.sleep(0)
+        found = [entry for entry in self.entries.values() if entry.revision > revision]
+        return sorted(found, key=lambda entry: entry.revision)
+
     async def list_prefix(self, first: str = "") -> list[Entry]:
         await asyncio.sleep(0)
         found = [entry for key, entry in self.entries.items() if not first or key.startswith(f"{first}.")]
@@ -378,20 +384,39 @@ class FakeDelivery:
 
 
 class FakeCoreBus:
-    """Implements CoreBus."""
+    """Implements CoreBus. One of the same world hears what the others publish, a moment later."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: FakeCoreBus | None = None) -> None:
         self.published: list[tuple[str, bytes, dict[str, str]]] = []
+        """By this one."""
+        self.is_cut = False
+        """Nothing gets through."""
+        self.all: list[FakeCoreBus] = world.all if world is not None else []
+        self.all.append(self)
+        self._heard: dict[str, list[Callable[[bytes], None]]] = defaultdict(list)
+        self._answers: dict[str, Callable[[bytes], bytes | None]] = {}
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
+        if not self.is_cut:
+            asyncio.get_running_loop().call_soon(self._deliver, subject, payload)
+
+    def _deliver(self, subject: str, payload: bytes) -> None:
+        for bus in self.all:
+            for on_message in () if bus.is_cut else bus._heard[subject]:
+                on_message(payload)
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        return []
+        await asyncio.sleep(0)
+        made = [bus._answers[subject](payload) for bus in self.all if subject in bus._answers and not bus.is_cut]
+        await asyncio.sleep(0)
+        return [answer for answer in made if answer is not None and not self.is_cut]
 
-    def subscribe(self, subject: str, on_message: object) -> None: ...
+    def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        self._heard[subject].append(on_message)
 
-    def respond(self, subject: str, make: object) -> None: ...
+    def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+        self._answers[subject] = make
 
 
 class Failing:

@@ -12,7 +12,7 @@ from typing import Any
 from adapter.errors import Temporary
 from tests.fakes import Bench, FakeBus, FakeDelivery, Life
 
-BUCKETS = ("person", "poll", "bindings", "claims", "readers", "logins")
+BUCKETS = ("person", "bindings", "readers", "logins")
 REACHED = ["bus", "chat", "cdn", "objects", *(f"{name}_bucket" for name in BUCKETS)]
 """The parts of a bench that a replica reaches."""
 
@@ -65,6 +65,6 @@ class Command(FakeDelivery):
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
     """One of several replicas of a world, which reaches it as long as it lives."""
-    own = {name: getattr(world, name) for name in ("clock", "numbers", "binds", "deliveries")}
+    own = {name: getattr(world, name) for name in ("clock", "numbers", "binds", "deliveries", "core", "keys")}
     reached: Any = SimpleNamespace(**own, **{name: Reached(getattr(world, name), life) for name in REACHED})
-    return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)
+    return Bench(reached, instance=f"r{number}", metrics=world.metrics)

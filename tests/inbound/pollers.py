@@ -6,11 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from adapter.bridge.poller import BotPoller
-from adapter.contract.names import H_MSG_ID, H_REASON, to_subject_token
-from adapter.contract.records import PollRecord
+from adapter.contract.names import H_MSG_ID, H_REASON
 from adapter.errors import SessionExpired
 from adapter.ports import StoredMessage
 from adapter.security.seal import dead_context
@@ -28,7 +25,7 @@ def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
 
 
 def start_poller(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
-    """A poller as the supervisor runs it."""
+    """A poller as `Partitions` runs it."""
     session = bench.new_poller(BOT, **changes)
     return session, asyncio.get_running_loop().create_task(session.run())
 
@@ -64,8 +61,6 @@ class Replica:
 
     async def die(self) -> None:
         """As kill -9 does: nothing is finished, nothing given back."""
-        if self.session.claim is not None:
-            self.session.claim.release = nothing  # type: ignore[method-assign]
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         for shard in self.bench.shards.values():
@@ -74,20 +69,10 @@ class Replica:
         await settle()
 
 
-async def nothing(**_: Any) -> None: ...
-
-
-def successor_of(bench: Bench, name: str = "next-1") -> Bench:
+def successor_of(bench: Bench, name: str = "next") -> Bench:
     """Another replica of the world, after the server has forgotten all ids (its window is two minutes)."""
     bench.bus.forget_ids()
-    successor = Bench(bench, incarnation=name)
-    successor.leases.proven_dead.add(bench.leases.incarnation)
-    return successor
-
-
-async def set_owner(bench: Bench, owner: str) -> None:
-    """The poll key gets a write, as from another replica."""
-    bench.poll_bucket.put(to_subject_token(BOT), msgspec.json.encode(PollRecord(owner=owner)))
+    return Bench(bench, instance=name)
 
 
 def texts(bench: Bench) -> list[str]:

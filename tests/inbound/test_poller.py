@@ -10,11 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import uvloop
 from structlog.testing import capture_logs
 
 from adapter.bridge.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, LONGEST_HOLD_MS, State
+from adapter.bridge.presence import Here
 from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
@@ -33,7 +35,7 @@ async def test_a_cursor_without_messages_is_used_at_once_and_written_once_a_day(
     session = poller(bench)
     await asyncio.sleep(160)
     assert bench.chat.asked == ["", "b", "b", "c", "c", "d"]
-    assert bench.bus.writes == ["poll"], "of the taking"
+    assert bench.bus.writes == []
     for cursor in ("e", "f"):
         bench.chat.polls.append(batch(cursor=cursor))
         session.cancel_poll()
@@ -329,6 +331,19 @@ async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Pol
     assert (bench.chat.asked, session.state) == (["", "b"], State.POLLING)
 
 
+async def test_a_bot_that_waits_for_the_bus_ends_when_it_is_told(poller: Poller) -> None:
+    """A replica that stops while NATS is away has nothing to wait for."""
+    bench = await ready(batch(cursor="b"))
+    session = poller(bench)
+    while not bench.chat.polling:
+        await asyncio.sleep(0)
+    bench.bus_up.clear()
+    await asyncio.sleep(5)
+    session.stop(immediately=False)
+    await asyncio.sleep(2)
+    assert (bench.chat.asked, session.state) == ([""], State.ENDED)
+
+
 async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_moment_only(poller: Poller) -> None:
     bench = await ready()
     bench.chat.notify_took_s = 60.0
@@ -362,24 +377,22 @@ async def test_notifystart_and_notifystop_are_sent_and_need_no_answer() -> None:
     await asyncio.sleep(1)
     assert bench.chat.notified == [True]
     assert bench.chat.asked == [""]
-    session.is_handed_over = True
+    await bench.give(session)
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True, False]
-    assert await bench.owner() == ""
 
 
 async def test_no_notifystop_is_sent_where_another_replica_goes_on() -> None:
     bench = await ready()
-    bench.leases.has_no_peers = False
     session, task = start_poller(bench)
     await asyncio.sleep(1)
-    session.is_handed_over = True
+    bench.presence.on_here(msgspec.json.encode(Here(replica="other", owned=3, counts=True)))
+    await bench.give(session)
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True]
-    assert await bench.owner() == ""
-    assert bench.freed == ["b1@im.bot"]
+    assert {*bench.freed} == {BOT}
 
 
 async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
@@ -390,7 +403,6 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     session.stop(immediately=False)
     await task
     assert texts(bench) == ["last words"]
-    assert await bench.owner() == ""
     assert bench.chat.polling == 0
 
 
@@ -423,11 +435,11 @@ async def test_stopping_ends_a_poller_that_reads_the_inbox_in_vain() -> None:
     assert session.state is State.RETRYING
     session.stop(immediately=True)
     await asyncio.sleep(30)
-    assert (task.done(), await bench.owner()) == (True, "")
+    assert task.done()
 
 
-async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_bot() -> None:
-    """As by a drain while the bus takes no events."""
+async def test_a_poller_cancelled_while_it_publishes_a_dead_token_tells_of_its_end() -> None:
+    """As by a drain while the bus takes no events: the next owner waits for the word."""
     bench = await ready(STALE)
 
     async def never(*_: Any, **__: Any) -> None:
@@ -437,9 +449,10 @@ async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_b
     session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert session.session.is_stale
+    await bench.give(session)
     task.cancel()
     await asyncio.sleep(5)
-    assert (task.cancelled(), await bench.owner()) == (True, "")
+    assert (task.cancelled(), {*bench.freed}) == (True, {BOT})
 
 
 async def test_a_cursor_too_long_to_keep_is_a_failure_that_is_shown(poller: Poller) -> None:
@@ -467,11 +480,10 @@ async def test_a_bug_ends_no_poller() -> None:
 
 
 async def test_a_pause_after_a_failure_is_a_boundary() -> None:
-    """Who hands the bot over, or stops, need not wait for it."""
+    """Who gives the bot away, or stops, need not wait for it."""
     bench = await ready(Temporary("http_4xx", "HTTP 429", retry_after_s=300.0))
     session, task = start_poller(bench)
     await asyncio.sleep(60)
-    session.is_handed_over = True
     session.stop(immediately=False)
     began = bench.clock.monotonic()
     await task

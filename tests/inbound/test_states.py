@@ -38,14 +38,14 @@ async def run(bench: Bench) -> tuple[Noted, asyncio.Task[None]]:
 async def end(session: Noted, task: asyncio.Task[None]) -> None:
     session.stop(immediately=True)
     await task
-    assert session.taken[-2:] == [State.RELEASING, State.ENDED]
+    assert session.state is State.ENDED
 
 
-async def test_a_poller_waits_takes_polls_stores_and_releases() -> None:
+async def test_a_poller_waits_polls_and_stores() -> None:
     bench = await ready(batch(raw(), cursor="b"))
     session, task = await run(bench)
     began = session.shown.since
-    assert session.taken == [State.WAITING, State.TAKING, State.POLLING, State.STORING, State.POLLING]
+    assert session.taken == [State.WAITING, State.POLLING, State.STORING, State.POLLING]
     await asyncio.sleep(100)
     assert session.shown.since == began <= bench.clock.monotonic() - 100, "since when it is in its state"
     await end(session, task)
@@ -70,7 +70,7 @@ async def test_a_bug_as_an_answer_is_stored_is_a_failure_that_is_shown(monkeypat
     with capture_logs() as logs, monkeypatch.context() as patch:
         patch.setattr("adapter.bridge.receive.Receiver.receive", fails)
         session, task = await run(bench)
-    assert session.taken[3:5] == [State.STORING, State.RETRYING]
+    assert session.taken[2:4] == [State.STORING, State.RETRYING]
     assert "poller.crashed" in [line["event"] for line in logs]
     await asyncio.sleep(5)
     bench.chat.polls.append(batch(raw(), cursor="b"))

@@ -53,7 +53,7 @@ class Scene:
 
     async def add_second(self) -> None:
         second = await self.made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{self.ports[1]}")
-        await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
+        await until(lambda: "partitions.taken" in second.log.read_text(), "the second replica has its share")
         self.prometheus.watch(self.ports)
 
     async def bind(self, number: int) -> None:

@@ -67,7 +67,7 @@ async def test_one_that_was_sent_and_is_published_again_takes_no_other_with_it(p
     assert parked(bench) == idents
     shard.stop()
     bench.hears(recent=[CommandRef(sequence=77, stored_ms=1, id="c", is_named=True)], opened_ms=0)
-    successor = Bench(bench, incarnation="next-1")
+    successor = Bench(bench, instance="next-1")
     bench.redeliver(successor.shard(merge_chars=CHARS))
     await user_writes(successor)
     await asyncio.sleep(30)
@@ -251,11 +251,11 @@ async def test_a_drain_does_not_wait_for_an_upload() -> None:
     shard.on_delivery(delivery)
     await asyncio.sleep(1)
     began = bench.clock.monotonic()
-    await shard.drain(100.0)
+    await bench.drain(100.0)
     assert bench.clock.monotonic() - began < 1.0
     assert (delivery.acks, bench.chat.sent) == (0, [])
     bench.cdn.hold.clear()
-    successor = Bench(bench, incarnation="next-1")
+    successor = Bench(bench, instance="next-1")
     second = successor.shard()
     successor.redeliver(second)
     await asyncio.sleep(5)

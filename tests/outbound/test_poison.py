@@ -282,7 +282,7 @@ async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypat
     assert shard.tasks == 0
     shard.stop()
     bugs.left = 0
-    heir = Bench(bench, incarnation="heir-1")
+    heir = Bench(bench, instance="heir-1")
     heir.redeliver(heir.shard(gap_ms=0))
     await asyncio.sleep(30)
     assert bench.chat.texts == [WORDS, "after"]

@@ -121,7 +121,7 @@ async def test_a_record_that_no_key_opens_is_neither_overwritten_nor_sent_by() -
     """An operator took the old key away too early."""
     bench, _ = await ready()
     before = bench.person_bucket.entries[KEY]
-    successor = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
+    successor = Bench(bench, instance="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
     with capture_logs() as logs:
         successor.shard().on_delivery(successor.command("hi", id="c1"))
@@ -137,7 +137,7 @@ async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_
 ) -> None:
     """Else the binding could never be closed. What a former owner may have begun stands in the record."""
     bench, _ = await ready()
-    successor = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
+    successor = Bench(bench, instance="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
     shard = successor.shard()
     if is_redelivered:

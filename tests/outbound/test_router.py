@@ -11,12 +11,12 @@ import pytest
 
 from adapter.bridge import router as module
 from adapter.bridge.commands import identity_of
+from adapter.bridge.leases import Tenure
 from adapter.bridge.record import CommandRef
 from adapter.bridge.router import Router
 from adapter.contract.messages import Outbound
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, MAX_SEQ, UNROUTED
 from adapter.errors import BusRefused
-from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, StoredMessage
 from tests.capture import ALWAYS, Bugs
 from tests.fakes import Bench, FakeDelivery, settle
@@ -27,7 +27,7 @@ FULL = BusRefused(10077, "maximum messages per subject exceeded")
 
 
 def router(bench: Bench, tenure: Tenure | None = None) -> Router:
-    return Router(bench.replica.parts, tenure or Tenure(0, bench.leases))
+    return Router(bench.replica.parts, tenure or bench.leases.tenure_of(0))
 
 
 async def route(routing: Router, *deliveries: FakeDelivery) -> None:
@@ -140,7 +140,7 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
     if with_heir:
         shard.stop()
-        successor = Bench(bench, incarnation="next-1")
+        successor = Bench(bench, instance="next-1")
         successor.stale.add("b1@im.bot")
         again = bench.command(data=copy.data, headers=copy.headers, redelivered=True)
         successor.shard().on_delivery(again)
@@ -169,7 +169,7 @@ async def test_a_receipt_has_the_time_of_the_command_and_not_of_its_copy(
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
-    Bench(bench, incarnation="next-1").shard().on_delivery(again)
+    Bench(bench, instance="next-1").shard().on_delivery(again)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
 
@@ -292,7 +292,7 @@ async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
         bench.leases.has_lease = False
 
     bench.bus.on_publish = cut_off
-    tenure = Tenure(0, bench.leases)
+    tenure = bench.leases.tenure_of(0)
     delivery = plain(bench, sandbox="s1", text="hi")
     router(bench, tenure).on_delivery(delivery)
     await asyncio.sleep(60)

@@ -37,7 +37,7 @@ def next_owner(bench: Bench, shard: Partition, *, deliver: bool = True, **change
     bench.leases.owned.clear()
     shard.stop()
     bench.bus.forget_ids()
-    successor = Bench(bench, incarnation="next-1")
+    successor = Bench(bench, instance="next-1")
     second = successor.shard(**changes)
     if deliver:
         bench.redeliver(second)
@@ -84,7 +84,7 @@ async def test_a_parked_receipt_of_a_frozen_owner_keeps_no_final_one_away() -> N
     bench.bus.on_publish = freeze
     shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(5)
-    successor = Bench(bench, incarnation="next-1")
+    successor = Bench(bench, instance="next-1")
     second = successor.shard()
 
     async def thaw(*_: object) -> None:
@@ -186,7 +186,7 @@ async def test_an_older_command_that_comes_again_first_makes_no_part_be_sent_twi
     shard.on_delivery(bench.command(THREE, id="b"))
     await asyncio.sleep(10)
     first.acks = 0
-    await shard.drain(5)
+    await bench.drain(5)
     _heir, second = next_owner(bench, shard, deliver=False)
     await redeliver_apart(bench, second)
     await asyncio.sleep(1000)

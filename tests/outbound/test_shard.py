@@ -156,7 +156,7 @@ async def test_who_has_lost_the_shard_stores_no_receipt_but_that_of_a_send(
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(30)
     shard.stop()
-    assert bench.leases.owned == set()
+    assert not bench.leases.owned
     assert outcomes(bench) == expected
 
 
@@ -366,7 +366,7 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     await bench.events.publish_binding_event(binding.event("unbound"))
     await bench.bindings.remove(BOT)
 
-    successor = Bench(bench, incarnation="me-2")
+    successor = Bench(bench, instance="me-2")
     await successor.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=command.seq)
     successor.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     second = successor.shard()
@@ -486,7 +486,7 @@ async def test_a_sandbox_that_names_a_command_of_its_own_stops_nothing(
     if state in ("of a former owner", "its ack lost"):
         shard.stop()
         true.acks = 0
-        successor = Bench(bench, incarnation="me-2")
+        successor = Bench(bench, instance="me")
         shard = successor.shard()
         successor.redeliver(shard)
     fakes = [naming(bench, "fake", ident, true.seq, true.time_ms if is_its_time else 1) for _ in range(2)]
@@ -517,7 +517,7 @@ async def test_who_names_a_lost_command_and_another_person_holds_up_nobody() -> 
     shard.on_delivery(true)
     await asyncio.sleep(30)
     shard.stop()
-    successor = Bench(bench, incarnation="me-2")
+    successor = Bench(bench, instance="me")
     shard = successor.shard()
     bench.chat.hold_sends[USER2] = asyncio.Event()
     shard.on_delivery(bench.command("hangs", id="c2", user=USER2))
@@ -580,10 +580,20 @@ async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
     for delivery in deliveries:
         shard.on_delivery(delivery)
     await asyncio.sleep(1)
-    await shard.drain(10.0)
+    await bench.drain(10.0)
     assert bench.chat.texts == ["t0"]
     assert outcomes(bench) == [("c0", "accepted", "")]
     assert [delivery.acks for delivery in deliveries] == [1, 0, 0]
+
+
+async def test_what_was_sent_last_is_stored_as_the_partition_is_given_away() -> None:
+    """The user may quote it to the next owner. Else it is stored before the next send."""
+    bench, shard = await ready()
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert (outcomes(bench), bench.record().sent) == ([("c1", "accepted", "")], [])
+    await bench.give()
+    assert [sent.id for sent in bench.record().sent] == ["m1"]
 
 
 async def test_draining_waits_no_longer_than_it_may() -> None:
@@ -592,7 +602,7 @@ async def test_draining_waits_no_longer_than_it_may() -> None:
     shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(1)
     began = bench.clock.monotonic()
-    await shard.drain(10.0)
+    await bench.drain(10.0)
     assert bench.clock.monotonic() - began <= 12.0
 
 

@@ -219,8 +219,8 @@ async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
 
 
 async def test_a_drain_hides_everything() -> None:
-    bench, shard = await showing()
-    await shard.drain(10.0)
+    bench, _ = await showing()
+    await bench.drain(10.0)
     assert shown(bench) == [True, False]
 
 
@@ -230,5 +230,5 @@ async def test_a_drain_does_not_wait_long_for_an_ilink_that_hangs() -> None:
     shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
     before = bench.clock.monotonic()
-    await shard.drain(44.0)
+    await bench.drain(44.0)
     assert bench.clock.monotonic() - before < 10

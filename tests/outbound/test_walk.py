@@ -100,6 +100,7 @@ STORIES = {
         [writes(), answers("a", STALE, STALE), command("a"), command("b")],
         {"a": "refused/rejected", "b": "accepted"},
         killed={"a": "accepted uncertain"},
+        given={"a": "accepted"},
     ),
     "-14 of a session that is dead": Story(
         [
@@ -134,6 +135,7 @@ STORIES = {
         {"a": "accepted", "b": "accepted"},
         killed=UNCERTAIN,
         settings={"merge_chars": 3000},
+        given=UNCERTAIN,
     ),
     "no answer until it expires": Story(
         [writes(), answers("a", *[TIMEOUT] * 9), command("a", expires_in_s=20), command("b")],
@@ -261,6 +263,7 @@ STORIES = {
         ],
         {"a": "accepted", "b": "accepted"},
         killed={"a": "uncertain"},
+        given={"a": "uncertain"},
     ),
     "closed while a send is out": Story(
         [writes(), slow(3), command("a"), command("b"), pause(1), unbind()],
@@ -360,6 +363,11 @@ def points(name: str) -> Iterator[int]:
 @pytest.mark.parametrize("name", STORIES)
 def test_an_owner_killed_at_each_point_costs_nothing(name: str) -> None:
     assert [fault for at in points(name) for fault in walked(name, Point((at,)))[1]] == []
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_partition_given_away_at_each_point_costs_nothing(name: str) -> None:
+    assert [fault for at in points(name) for fault in walked(name, Point((at,), is_giving=True))[1]] == []
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ class Story(NamedTuple):
     """The final outcome of each command, by its name, where nobody is killed; with its reason, where that matters."""
     killed: Mapping[str, str] = {}
     """What else it may be where somebody is: several outcomes by spaces."""
+    given: Mapping[str, str] = {}
+    """What else it may be where the partition is given away meanwhile."""
     settings: Mapping[str, Any] = {}
     """Of sending."""
     unreadable: int = 0
@@ -72,6 +74,8 @@ class Point(NamedTuple):
     """The first one is only stopped, and goes on after the next one has taken over."""
     is_failing: bool = False
     """Nobody ends: that call fails, before it has any effect, or after it, when its answer gets lost."""
+    is_giving: bool = False
+    """The owner gives its partition away then, and what is out goes on."""
 
 
 class Mark(Life):
@@ -138,14 +142,16 @@ class Bus(FakeBus):
 class Owner:
     """A replica that owns the shards from now on."""
 
-    def __init__(self, walk: Walk, number: int, at: int) -> None:
+    def __init__(self, walk: Walk, number: int, at: int, left: Sequence[Owner]) -> None:
+        """`left`: who may still send."""
         self._walk = walk
         self.life = Mark(at, self._on_point)
         self.bench = mortal(walk.world, number, self.life)
-        self.shard = self.bench.shard(SANDBOX, **walk.story.settings)
-        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.supervisor.close(bot))
+        names = [owner.bench.presence.replica for owner in left]
+        self.shard = self.bench.shard(SANDBOX, names, **walk.story.settings)
+        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.closing.close(bot))
         for binding in self.bench.bindings:
-            self.bench.replica.supervisor.close(binding.bot)
+            self.bench.replica.closing.close(binding.bot)
         self._router = router(self.bench)
         self.began_at = walk.world.clock.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -154,6 +160,14 @@ class Owner:
         self._is_open = False
         self._old_to = max((stored.seq for stored in walk.world.bus.found("OUT")), default=0)
         self.spawn(self._open())
+        if left:
+            self.spawn(self._wait_for(left))
+
+    async def _wait_for(self, left: Sequence[Owner]) -> None:
+        await self.bench.speak()
+        await self.shard.handover.run()
+        for owner in (self, *left):
+            owner.bench.rest()
 
     async def _open(self) -> None:
         """As before the consumers start: what comes again may belong to whom a record names."""
@@ -209,8 +223,16 @@ class Owner:
     def spawn(self, work: Any) -> None:
         self._tasks.add(asyncio.get_running_loop().create_task(work))
 
+    async def give(self) -> None:
+        self._is_open = False
+        self._router.stop()
+        self.bench.leases.on_released = lambda _: self._walk.take_over(self)
+        await self.bench.give(sandbox=SANDBOX)
+
     def _on_point(self, call: str, is_done: bool) -> None:
-        """A call begins, or is done, and is the one: raises, or ends the replica."""
+        """A call begins, or is done, and is the one: raises, ends the replica, or has it give its partition away."""
+        if self._walk.point.is_giving:
+            return self.spawn(self.give())
         if not self._walk.point.is_failing:
             self.life.stop()
             asyncio.get_running_loop().call_soon(self._walk.on_death, self)
@@ -269,7 +291,7 @@ class Walk:
 
     async def run(self) -> None:
         await self.world.bind()
-        self._take_over()
+        self.take_over()
         for step in self.story.steps:
             await step(self)
         waited_s = pause_s = 5.0
@@ -283,11 +305,11 @@ class Walk:
 
     # owners
 
-    def _take_over(self) -> None:
+    def take_over(self, *left: Owner) -> None:
         number = len(self.owners)
         self.world.bus.unreadable = self.story.unreadable if number else 0
         at = self.point.at[number] if number < len(self.point.at) else 0
-        self.owners.append(Owner(self, number + 1, at))
+        self.owners.append(Owner(self, number + 1, at, left))
 
     def on_death(self, owner: Owner) -> None:
         owner.lose()
@@ -296,7 +318,7 @@ class Walk:
             self.call_later(THAWED_S + NOTICED_S, owner.end)
         else:
             owner.end()
-        self.call_later(TAKEN_OVER_S, self._take_over)
+        self.call_later(TAKEN_OVER_S, self.take_over)
 
     def call_later(self, seconds: float, then: Callable[[], object]) -> None:
         async def wait() -> None:
@@ -494,7 +516,8 @@ def finals(walk: Walk) -> dict[str, list[Receipt]]:
 def faults(walk: Walk) -> Iterator[str]:
     """What does not hold at the end of a run."""
     story, phone = walk.story, walk.phone
-    is_killed = len(walk.owners) > 1 or walk.point.is_failing
+    is_given = walk.point.is_giving
+    is_killed = not is_given and (len(walk.owners) > 1 or walk.point.is_failing)
     is_killed_again = len(walk.owners) > 2
     shown: dict[tuple[str, int], set[str]] = defaultdict(set)
     asked: dict[tuple[str, int], set[str]] = defaultdict(set)
@@ -557,6 +580,7 @@ def faults(walk: Walk) -> Iterator[str]:
             yield f"{told.name} is told as parked {of_subject.count('parked')} times"
         allowed = [story.ends[told.name]]
         allowed += story.killed.get(told.name, "").split() if is_killed else []
+        allowed += story.given.get(told.name, "").split() if is_given else []
         allowed += ["uncertain"] if is_killed_again or (is_killed and walk.point.is_frozen) else []
         if not {receipt.outcome, f"{receipt.outcome}/{receipt.reason}"} & set(allowed):
             yield f"{told.name} is {receipt.outcome} {receipt.reason} ({receipt.detail}), not {allowed}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
+from adapter.bridge.leases import Leases, Tenure
+from adapter.bridge.presence import Presence
+from adapter.contract.names import Names
 from adapter.errors import Conflict, Temporary
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
 from adapter.ports import Entry
 from tests.fakes import FakeClock, Life
 
-SHARDS = 32
-
 LEASE_S = 4.0
+PARTITIONS = 32
 
 
 class Store:
@@ -24,9 +26,9 @@ class Store:
         self.revision = 0
         self.writes = 0
 
-    def write(self, key: str, value: bytes | None, revision: int) -> int:
+    def write(self, key: str, value: bytes | None, revision: int | None) -> int:
         known = self.entries.get(key)
-        if revision != (known.revision if known else 0):
+        if revision is not None and revision != (known.revision if known else 0):
             raise Conflict(10071, "wrong last sequence")
         self.revision += 1
         self.writes += 1
@@ -35,10 +37,10 @@ class Store:
 
 
 class Line:
-    """Implements LeaderBucket: one replica's connection to a store, which may be cut in every way."""
+    """Implements LeaderBucket and CoreBus: one replica's connections, which may be cut in every way."""
 
-    def __init__(self, store: Store, life: Life) -> None:
-        self.store = store
+    def __init__(self, cluster: Cluster, life: Life) -> None:
+        self.store = cluster.store
         self.life = life
         self.down = False
         """Nothing gets through, in either direction; a request fails after a second."""
@@ -48,14 +50,18 @@ class Line:
         self.writes_fail = False
         """As of a stream without a leader, of which any server may still answer what it has."""
         self.unsteady = False
-        """Every other renewal fails."""
+        """Every other write of a key fails."""
+        self.mute = False
+        """Nobody hears its words, and it hears none."""
         self.late_s = 0.0
         """How long a write takes to the store."""
         self.on_get: Callable[[], object] = lambda: None
         """Called as a key has been read."""
         self.on_write: Callable[[], object] = lambda: None
         """Called as a key has been written, before the answer is heard."""
-        self._renewals = 0
+        self._cluster = cluster
+        self._writes: Counter[str] = Counter()
+        self._on_message: list[Callable[[bytes], None]] = []
 
     async def get(self, key: str) -> Entry | None:
         await self._through()
@@ -64,16 +70,19 @@ class Line:
         self.on_get()
         return found
 
-    async def list_entries(self) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
         await self._through()
-        found = list(self.store.entries.values())
+        found = [self.store.entries[key] for key in keys if key in self.store.entries]
         await self.life.goes_on()
         return found
 
-    async def write(self, key: str, value: bytes | None, revision: int) -> int:
+    async def list_entries(self) -> list[Entry]:
+        raise NotImplementedError
+
+    async def write(self, key: str, value: bytes | None, revision: int | None, *, ttl_s: int = 0) -> int:
         await self.life.goes_on()
-        self._renewals += value is not None
-        if self.down or self.writes_fail or (self.unsteady and value is not None and self._renewals % 2):
+        self._writes[key] += 1
+        if self.down or self.writes_fail or (self.unsteady and self._writes[key] % 2):
             await self._fail()
         if self.late_s > 1.0:
             asyncio.get_running_loop().call_later(self.late_s, self._land, key, value, revision)
@@ -88,7 +97,7 @@ class Line:
             await self._fail()
         return written
 
-    def _land(self, key: str, value: bytes | None, revision: int) -> None:
+    def _land(self, key: str, value: bytes | None, revision: int | None) -> None:
         try:
             self.store.write(key, value, revision)
         except Conflict:
@@ -104,6 +113,25 @@ class Line:
         await asyncio.sleep(1.0)
         await self.life.goes_on()
         raise Temporary("bus_timeout")
+
+    # the words of replicas
+
+    async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        if not (self.down or self.mute):
+            asyncio.get_running_loop().call_later(0.01, self._cluster.say, payload)
+
+    def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        self._on_message.append(on_message)
+
+    def respond(self, subject: str, make: object) -> None: ...
+
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        return []
+
+    def hear(self, payload: bytes) -> None:
+        if self.life.is_going and not (self.down or self.mute):
+            for on_message in self._on_message:
+                on_message(payload)
 
 
 class OwnClock(FakeClock):
@@ -126,54 +154,71 @@ class OwnClock(FakeClock):
 class Replica:
     def __init__(self, cluster: Cluster, name: str, *, rate: float = 1.0, ahead_s: float = 0.0) -> None:
         self.life = Life()
-        self.members, self.claims = Line(cluster.members, self.life), Line(cluster.claims, self.life)
+        self.line = Line(cluster, self.life)
         self.clock = OwnClock(self.life, rate, ahead_s)
         self.metrics = Metrics()
+        self.presence = Presence(self.line, Names(), self.clock, name)
         self.leases = Leases(
-            self.members, self.claims, self.clock, self.metrics, instance=name, lease_s=LEASE_S, partitions=SHARDS
+            self.line, self.presence, self.clock, self.metrics, self._tick, partitions=PARTITIONS, lease_s=LEASE_S
         )
-        self.task = asyncio.get_running_loop().create_task(self._run())
+        self.taken: list[int] = []
+        """Partitions in the order of their takings."""
+        self._known: dict[int, Tenure] = {}
+        self.task = asyncio.get_running_loop().create_task(self.leases.run(self.leases.release))
 
-    async def _run(self) -> None:
-        """With a service that needs a moment to hand a shard over."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.leases.run())
-            group.create_task(self._hand_over())
+    async def _tick(self) -> None:
+        await self.life.goes_on()
 
-    async def _hand_over(self) -> None:
-        while True:
-            await self.leases.changed.wait_until(lambda: bool(self.leases.surplus), 1.0)
-            if self.leases.surplus:
-                await asyncio.sleep(0.3)
-                await asyncio.gather(*(self.leases.release(shard) for shard in sorted(self.leases.surplus)))
+    def look(self) -> None:
+        """Notes what was taken since the last look."""
+        self.taken += [number for number, each in self.leases.owned.items() if self._known.get(number) is not each]
+        self._known = dict(self.leases.owned)
+
+    @property
+    def owned(self) -> set[int]:
+        return {*self.leases.owned}
 
     @property
     def working(self) -> set[int]:
-        """The shards that it polls and sends for at this moment: none while it is stopped, whatever it believes."""
-        return self.leases.owned if self.leases.is_valid and self.life.is_going else set()
+        """The partitions that it polls and sends for at this moment: none while it is stopped, whatever it
+        believes."""
+        if not self.life.is_going:
+            return set()
+        return {number for number, tenure in self.leases.owned.items() if tenure.is_valid}
 
     def cut(self, down: bool = True) -> None:
-        self.members.down = self.claims.down = down
+        self.line.down = down
 
     async def kill(self) -> None:
         self.task.cancel()
         await asyncio.wait([self.task])
+        for tenure in self.leases.owned.values():
+            tenure.end()
         self.leases.owned.clear()
 
     async def leave(self) -> None:
         """As the service does on SIGTERM."""
-        await self.leases.drain()
+        self.leases.draining = True
+        await self._release_all()
+        async with self.leases.taking:
+            await self._release_all()
         self.task.cancel()
         await asyncio.wait([self.task])
-        await self.leases.release_all()
+
+    async def _release_all(self) -> None:
+        await asyncio.gather(*(self.leases.release(number) for number in list(self.leases.owned)))
 
 
 class Cluster:
-    """Replicas, watched all the time: two that work for one shard end the test."""
+    """Replicas, watched all the time: two that work for one partition end the test."""
 
     def __init__(self) -> None:
-        self.members, self.claims = Store(), Store()
+        self.store = Store()
         self.replicas: list[Replica] = []
+
+    def say(self, payload: bytes) -> None:
+        for replica in self.replicas:
+            replica.line.hear(payload)
 
     def start(self, name: str = "", *, rate: float = 1.0, ahead_s: float = 0.0) -> Replica:
         replica = Replica(self, name or f"r{len(self.replicas)}", rate=rate, ahead_s=ahead_s)
@@ -185,6 +230,7 @@ class Cluster:
             await asyncio.sleep(0.02)
             working: set[int] = set()
             for replica in self.replicas:
+                replica.look()
                 assert not working & replica.working, "two owners at once"
                 working |= replica.working
                 if replica.task.done() and not replica.task.cancelled():

@@ -1,4 +1,4 @@
-"""An erasure that is cut, that meets owners who are not done, and that must not take a poll in use."""
+"""An erasure that is cut, and what it takes and leaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from adapter.bridge.entries import encode_end
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, person_token, to_subject_token
-from adapter.contract.records import PollRecord
 from adapter.errors import Temporary
 from adapter.services.erasure import Erasure
 from tests.fakes import Bench
@@ -18,13 +17,6 @@ from tests.fakes import Bench
 VIRTUAL_TIME = True
 
 USER, BOT = "u1@im.wechat", "b1@im.bot"
-
-
-POLL = msgspec.json.encode(PollRecord(owner="me-2"))
-
-
-def poll_of(names: Names, bot: str) -> str:
-    return f"$KV.{names.polls}.{to_subject_token(bot)}"
 
 
 def record_of(names: Names, sandbox: str, name: str) -> str:
@@ -40,7 +32,7 @@ def entry(user: str, bot: str, *bots: str) -> bytes:
 class Place:
     """A bus with what one person has left, and a little of another."""
 
-    def __init__(self, *, polled: bool = False) -> None:
+    def __init__(self) -> None:
         self.bench = bench = Bench()
         names = bench.names
         for user, bot in ((USER, BOT), ("u2@im.wechat", "b2@im.bot")):
@@ -51,12 +43,7 @@ class Place:
             bench.bus.put(names.event("s1", "binding"), msgspec.json.encode({"bot": bot, "sandbox": "s1"}), {})
             bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
             bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", {H_USER: user, H_SANDBOX: "s1"})
-            bench.bus.put(poll_of(names, bot), POLL, {})
-
-        async def is_released(_: str) -> bool:
-            return not polled
-
-        self.erasure = Erasure(bench.bus, bench.events, bench.names, bench.bindings, {}, is_released)
+        self.erasure = Erasure(bench.bus, bench.events, bench.names, bench.bindings, {})
 
     async def erase(self, sandbox: str | None = None) -> ControlAnswer:
         return await self.erasure.run(Erase(user=USER, sandbox=sandbox))
@@ -67,15 +54,15 @@ class Place:
         return sum(not kept.stored.subject.endswith(".erased") for kept in self.bench.bus.kept)
 
 
-ALL = {"person": 1, "message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "poll": 1}
+ALL = {"person": 1, "message": 1, "receipt": 1, "event": 1, "dead_letter": 2}
 
 
 async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
     place = Place()
     answer = await place.erase()
     assert (answer.ok, answer.counts, answer.left) == (True, ALL, {})
-    assert place.kept == 7
-    assert len(place.bench.bus.erased) == 7
+    assert place.kept == 6
+    assert len(place.bench.bus.erased) == 6
 
 
 async def test_bots_whose_users_are_not_known_are_said() -> None:
@@ -96,7 +83,7 @@ async def test_a_sealed_dead_letter_is_theirs_by_the_user_that_it_names() -> Non
         headers = {H_MSG_ID: "dead:b9@im.bot:x", H_SANDBOX: "s1", H_USER: user}
         place.bench.bus.put(place.bench.names.dead_letters("WECHAT_IN"), sealed, headers)
     answer = await place.erase()
-    assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 8)
+    assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 7)
 
 
 @pytest.mark.parametrize("done", [0, 3, 5])
@@ -110,18 +97,10 @@ async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     place.bench.bus.on_delete = fail_after_some
     with pytest.raises(Temporary):
         await place.erase()
-    assert place.kept == 14 - done
+    assert place.kept == 12 - done
     place.bench.bus.on_delete = None
     assert (await place.erase()).ok
-    assert place.kept == 7
-
-
-async def test_nothing_goes_while_a_replica_polls_the_bot() -> None:
-    """Without what names the bot its poll would not be found by the next run."""
-    place = Place(polled=True)
-    with pytest.raises(Temporary, match="bot_in_use"):
-        await place.erase()
-    assert place.kept == 14
+    assert place.kept == 6
 
 
 @pytest.mark.parametrize("writes", ["command", "receipt"])
@@ -137,15 +116,6 @@ async def test_a_sandbox_that_goes_on_naming_the_person_keeps_no_erasure_incompl
     place.bench.bus.on_delete = go_on
     answer = await place.erase()
     assert (answer.ok, answer.left) == (True, {})
-
-
-async def test_a_bot_that_was_bound_again_keeps_its_poll() -> None:
-    """Two replicas would poll it."""
-    place = Place()
-    await place.bench.bind(bot=BOT, user="u3@im.wechat")
-    with pytest.raises(Temporary, match="bot_in_use"):
-        await place.erase()
-    assert place.kept == 14
 
 
 @pytest.mark.parametrize(
@@ -166,7 +136,7 @@ async def test_a_sandbox_that_names_the_bot_of_another_person_erases_nothing_of_
     answer = await place.erase()
     assert (answer.ok, answer.left) == (True, {})
     assert sum(answer.counts.values()) == sum(ALL.values()) + 1
-    assert place.kept == 7
+    assert place.kept == 6
 
 
 async def test_the_bots_that_brought_a_persons_messages_are_theirs() -> None:
@@ -175,8 +145,8 @@ async def test_the_bots_that_brought_a_persons_messages_are_theirs() -> None:
     names = place.bench.names
     subject = names.inbox("s1", person_token("s1", USER))
     place.bench.bus.put(subject, entry(USER, BOT, "b4@im.bot", BOT), {})
-    place.bench.bus.put(poll_of(names, "b4@im.bot"), POLL, {})
-    assert (await place.erase()).counts == ALL | {"message": 2, "poll": 2}
+    place.bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: "dead:b4@im.bot:x", H_SANDBOX: "s1"})
+    assert (await place.erase()).counts == ALL | {"message": 2, "dead_letter": 3}
 
 
 async def test_the_end_of_a_persons_time_stays_since_it_names_nobody() -> None:
@@ -184,7 +154,7 @@ async def test_the_end_of_a_persons_time_stays_since_it_names_nobody() -> None:
     place = Place()
     place.bench.bus.put(place.bench.names.inbox("s1", person_token("s1", USER)), encode_end(1, erased=True), {})
     answer = await place.erase()
-    assert (answer.ok, answer.counts, place.kept) == (True, ALL, 7 + 1)
+    assert (answer.ok, answer.counts, place.kept) == (True, ALL, 6 + 1)
 
 
 async def test_what_was_stored_before_the_bots_user_was_known_is_theirs() -> None:
@@ -197,7 +167,7 @@ async def test_what_was_stored_before_the_bots_user_was_known_is_theirs() -> Non
         place.bench.bus.put(names.inbox("s1", person_token("s1", bot)), entry("", bot), {})
         place.bench.bus.put(record_of(names, "s1", bot), msgspec.json.encode({"v": 1, "user": ""}), {})
     answer = await place.erase()
-    assert (answer.ok, answer.counts, place.kept) == (True, ALL | {"person": 2, "message": 2}, 7 + 3)
+    assert (answer.ok, answer.counts, place.kept) == (True, ALL | {"person": 2, "message": 2}, 6 + 3)
 
 
 async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
@@ -206,5 +176,5 @@ async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
     binding = msgspec.json.encode({"user": "u3@im.wechat", "bot": BOT, "sandbox": "s1"})
     place.bench.bus.put(f"$KV.{names.bindings}.{to_subject_token(BOT)}", binding, {})
     answer = await place.erase()
-    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "poll"})
-    assert place.kept == 7 + 1 + 1
+    assert (answer.ok, answer.counts) == (True, ALL)
+    assert place.kept == 6 + 1

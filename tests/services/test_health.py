@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from adapter.bridge.poller import State
+from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, Window
-from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.services.health import FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench
 
@@ -18,7 +18,7 @@ VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
-class Replicas(OtherReplicas):
+class FakeReplicas(Replicas):
     """Each answers of the bots that it polls."""
 
     def __init__(self, *polls: dict[str, PollerStatus], capacity: int = 100, living: int | None = None) -> None:
@@ -33,7 +33,7 @@ class Replicas(OtherReplicas):
             ReplicaStatus(
                 instance=f"r{number}",
                 version="1",
-                shards=1,
+                partitions={number: 1000},
                 bots=len(polls),
                 capacity=self.capacity,
                 polls={bot: poller for bot, poller in polls.items() if bot in bots},
@@ -51,7 +51,7 @@ async def described(bench: Bench, replicas: Replicas) -> list[BindingInfo]:
     ("fields", "poller", "status", "detail"),
     [
         ({}, PollerStatus(state="polling", ago_ms=5), "polling", ""),
-        ({}, PollerStatus(state="waiting", why="r1.x has not released it"), "waiting", "r1.x has not released it"),
+        ({}, PollerStatus(state="waiting", why="A former owner"), "waiting", "A former owner"),
         ({}, PollerStatus(state="paused", why="NATS accepts no writes."), "paused", "NATS accepts no writes."),
         ({}, PollerStatus(state="stale", why="errcode -14", ago_ms=FAILING_MS), "stale", "errcode -14"),
         ({}, PollerStatus(state="storing", since_ms=FAILING_MS - 1), "storing", ""),
@@ -71,7 +71,7 @@ async def test_a_bot_fares_as_the_replica_that_polls_it_says(
     fields: dict[str, Any], poller: PollerStatus | None, status: str, detail: str, bench: Bench
 ) -> None:
     await bench.bind(**fields)
-    (info,) = await described(bench, Replicas({}, {BOT: poller} if poller else {}))
+    (info,) = await described(bench, FakeReplicas({}, {BOT: poller} if poller else {}))
     assert info.health is not None
     assert (info.health.status, info.health.replica) == (status, "r2" if poller else "")
     assert info.health.detail.startswith(detail)
@@ -83,7 +83,7 @@ async def test_since_when_a_bot_is_in_its_state_is_given_by_this_clock(bench: Be
     await bench.bind()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat", state="needs_login", since_ms=now_ms - 9000)
     polls = {bot: PollerStatus(state="paused", since_ms=4000) for bot in (BOT, "b2@im.bot")}
-    paused, lost = [info.health for info in await described(bench, Replicas(polls))]
+    paused, lost = [info.health for info in await described(bench, FakeReplicas(polls))]
     assert paused is not None
     assert lost is not None
     assert (paused.status, paused.since_ms) == ("paused", now_ms - 4000)
@@ -97,7 +97,7 @@ def test_every_state_of_a_poller_has_a_word() -> None:
 
 async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled(bench: Bench) -> None:
     await bench.bind()
-    (info,) = await described(bench, Replicas({}, living=2))
+    (info,) = await described(bench, FakeReplicas({}, living=2))
     assert info.health is not None
     assert (info.health.status, info.health.detail) == ("unknown", "1 of 2 replicas gave no answer")
 
@@ -105,7 +105,7 @@ async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled
 async def test_a_bot_for_which_there_is_no_room_says_so(bench: Bench) -> None:
     for number in (1, 2):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-    first, second = await described(bench, Replicas({BOT: PollerStatus(state="polling")}, capacity=1))
+    first, second = await described(bench, FakeReplicas({BOT: PollerStatus(state="polling")}, capacity=1))
     assert first.health is not None
     assert second.health is not None
     assert (first.health.status, second.health.status) == ("polling", "not_polled")
@@ -118,7 +118,7 @@ async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
     heard_ms = bench.clock.now_ms() - 60_000
     bench.hears("s1", "u1@im.wechat", sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms + 5])
     bench.hears("s2", "u2@im.wechat", newer=True)
-    one, newer, never = [info.health for info in await described(bench, Replicas({}))]
+    one, newer, never = [info.health for info in await described(bench, FakeReplicas({}))]
     assert one is not None
     assert newer is not None
     assert never is not None
@@ -130,6 +130,6 @@ async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
 async def test_a_window_is_shown_without_the_token_of_a_former_bot(bench: Bench) -> None:
     await bench.bind(bot="b2@im.bot")
     bench.hears()
-    (info,) = await described(bench, Replicas({}))
+    (info,) = await described(bench, FakeReplicas({}))
     assert info.health is not None
     assert info.health.window == Window(remaining=0)

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from adapter.bridge.status import Replicas, ReplicaStatus
 from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.contract.names import person_token
 from adapter.errors import Refused, Temporary
-from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
 from adapter.ports import SandboxRequest
 from adapter.services.health import BotHealth
 from adapter.services.queries import REPLAY_BYTES, Queries, of_sandbox
@@ -22,7 +22,7 @@ VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
-class Nobody(OtherReplicas):
+class Nobody(Replicas):
     """None answers."""
 
     def __init__(self) -> None: ...

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 163de01b90f611060c148bb1f8d378f6b43a606b3d34f4faf1618c04cb7ed336 */
+   Of: 1bbdc9cab61859f2a80ddc9a812f327e774e5557622f31caa1410fdb77aacf2d */
 
 /**
  * Options of a binding.
@@ -79,7 +79,7 @@ export interface BindingEvent {
  */
 export interface BindingHealth {
   /**
-   * not_polled: no replica polls it. too_new: a newer version wrote the binding, or what is stored of its person, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
+   * not_polled: no replica polls it. too_new: a newer version wrote the binding, or what is stored of its person, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. waiting: another replica may still poll it. storing: an answer of iLink is being stored.
    */
   status:
     | "failing"
@@ -87,11 +87,9 @@ export interface BindingHealth {
     | "not_polled"
     | "paused"
     | "polling"
-    | "releasing"
     | "retrying"
     | "stale"
     | "storing"
-    | "taking"
     | "too_new"
     | "unknown"
     | "waiting";

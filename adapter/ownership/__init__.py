@@ -1,1 +1,0 @@
-"""Which replicas live, and what each of them owns."""

@@ -1,0 +1,246 @@
+"""Leases on three real servers, by three processes: whatever is killed, stopped or cut off, no two act for one
+partition at once.
+
+`python -m tests.bus.test_leases --rounds 200` does it for longer, and prints how long nobody acted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from adapter.contract.names import Names
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.topology import create_stream, wanted_streams
+from adapter.kit.timing import SystemClock
+from adapter.settings import Settings
+from tests.bus.owner import ACT, LEASE_S, PARTITIONS
+from tests.e2e.cluster import NatsCluster
+from tests.e2e.hole import Hole
+from tests.e2e.memory import in_memory
+from tests.e2e.waiting import until
+
+REPLICAS = 3
+SHARE = {PARTITIONS // REPLICAS, PARTITIONS // REPLICAS + 1}
+MERGED_S = 0.2
+"""Acts of a replica with less time between them are one stretch, in which nobody else may act."""
+EVENTS = ("kill", "freeze", "short freeze", "leader kill", "cut", "freeze and leader kill")
+ROUNDS = len(EVENTS) + 4
+STREAM = f"KV_{Names().leases}"
+
+
+class Stretch:
+    """A time in which a replica acted for a partition again and again."""
+
+    def __init__(self, replica: int, at: float) -> None:
+        self.replica = replica
+        self.first = self.last = at
+
+
+class Acts:
+    """What the replicas noted, read as they note it."""
+
+    def __init__(self, places: list[Path]) -> None:
+        self.count = 0
+        self.newest: list[tuple[float, int]] = [(0.0, 0)] * len(places)
+        """The last note of each replica: when, and for which partitions."""
+        self.twice: list[str] = []
+        self.gaps: dict[int, float] = {}
+        """The longest time for which nobody acted, by partition, since `since`."""
+        self._places = places
+        self._read = [0] * len(places)
+        self._last: dict[int, dict[int, Stretch]] = defaultdict(dict)
+        """By partition and replica."""
+        self._acted_at: dict[int, float] = {}
+
+    def look(self) -> None:
+        """Reads what is new, in the order of time."""
+        found: list[tuple[float, int, int]] = []
+        for replica, place in enumerate(self._places):
+            with contextlib.suppress(FileNotFoundError), place.open("rb") as file:
+                file.seek(self._read[replica])
+                data = file.read()
+                data = data[: len(data) - len(data) % ACT.size]
+                self._read[replica] += len(data)
+                found += ((at, replica, mask) for at, mask in ACT.iter_unpack(data))
+        for at, replica, mask in sorted(found):
+            self.count += 1
+            self.newest[replica] = at, mask
+            for number in range(PARTITIONS):
+                if mask >> number & 1:
+                    self._act(number, replica, at)
+
+    def _act(self, number: int, replica: int, at: float) -> None:
+        stretches = self._last[number]
+        mine = stretches.get(replica)
+        if mine is None or at - mine.last > MERGED_S:
+            mine = stretches[replica] = Stretch(replica, at)
+        mine.last = max(mine.last, at)
+        for other in stretches.values():
+            if other.replica != replica and other.last >= mine.first and mine.last >= other.first:
+                self.twice.append(f"partition {number}: {replica} and {other.replica} at {at:.3f}")
+        before = self._acted_at.get(number, at)
+        self.gaps[number] = max(self.gaps.get(number, 0.0), at - before)
+        self._acted_at[number] = max(at, before)
+
+    def is_settled(self) -> bool:
+        """All act, each for its share, and did so in the last moments."""
+        self.look()
+        now, masks = SystemClock().monotonic(), [mask for _, mask in self.newest]
+        together = 0
+        for mask in masks:
+            together |= mask
+        is_fair = {mask.bit_count() for mask in masks} <= SHARE
+        return is_fair and together == 2**PARTITIONS - 1 and all(now - at < 0.5 for at, _ in self.newest)
+
+
+class Replica:
+    """A process that owns, behind holes: one to each server."""
+
+    def __init__(self, number: int, folder: Path, cluster: NatsCluster) -> None:
+        self.name = f"r{number}"
+        self.place = folder / self.name
+        self.holes = [Hole(node.url) for node in cluster.nodes]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        urls = [hole.url for hole in self.holes]
+        command = [sys.executable, "-m", "tests.bus.owner", self.name, str(self.place), *urls]
+        with (self.place.with_suffix(".log")).open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    def send(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+class Owners:
+    """Three servers, three replicas, and what happens to them."""
+
+    def __init__(self, cluster: NatsCluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.replicas = [Replica(number, folder, cluster) for number in range(REPLICAS)]
+        self.acts = Acts([replica.place for replica in self.replicas])
+        self.unacted_s: dict[str, list[float]] = defaultdict(list)
+        """By event: the longest time for which nobody acted, of each partition that it concerned."""
+        self._chance = random.Random(7)
+
+    async def start(self) -> None:
+        await create_bucket(self.cluster)
+        for replica in self.replicas:
+            replica.start()
+        await self.settled()
+
+    async def settled(self) -> None:
+        await until(self.acts.is_settled, f"all act again, each for a share: {self.acts.newest}")
+
+    async def round(self, number: int) -> None:
+        """Something happens to a replica or the leader; then all is well again."""
+        event, replica = EVENTS[number % len(EVENTS)], self.replicas[number // len(EVENTS) % REPLICAS]
+        await asyncio.sleep(self._chance.uniform(0.0, 1.5))
+        self.acts.look()
+        self.acts.gaps.clear()
+        theirs = self.acts.newest[self.replicas.index(replica)][1]
+        concerned = [each for each in range(PARTITIONS) if "leader" in event or theirs >> each & 1]
+        if event == "kill":
+            replica.kill()
+            await asyncio.sleep(6)
+            replica.start()
+        elif event == "leader kill":
+            await self._leader_away(3.0)
+        elif event == "cut":
+            for hole in replica.holes:
+                hole.swallow()
+            await asyncio.sleep(self._chance.uniform(3.0, 9.0))
+            for hole in replica.holes:
+                hole.mend()
+        else:
+            replica.send(signal.SIGSTOP)
+            if event == "freeze and leader kill":
+                await self._leader_away(6.0)
+            else:
+                await asyncio.sleep(self._chance.uniform(5.0, 8.0) if event == "freeze" else 3.9)
+            replica.send(signal.SIGCONT)
+        await self.settled()
+        self.unacted_s[event] += [self.acts.gaps[each] for each in concerned]
+        assert self.acts.twice == []
+
+    async def _leader_away(self, seconds: float) -> None:
+        leader = await self.cluster.leader(STREAM)
+        leader.kill()
+        await asyncio.sleep(seconds)
+        leader.start()
+        await self.cluster.healthy()
+
+    def table(self) -> str:
+        rows = ["| event | partitions | nobody acted: median s | worst s |", "|---|--:|--:|--:|"]
+        for event, found in self.unacted_s.items():
+            rows.append(f"| {event} | {len(found)} | {statistics.median(found):.1f} | {max(found):.1f} |")
+        return "\n".join([*rows, "", f"{self.acts.count} looks, {len(self.acts.twice)} times two acted at once."])
+
+
+async def create_bucket(cluster: NatsCluster) -> None:
+    settings = Settings(nats_url=tuple(cluster.url.split(",")), replicas=3)
+    (wanted,) = (each for each in wanted_streams(Names(), settings) if each.name == STREAM)
+    connection = ManagedConnection(settings, "test")
+    running = asyncio.create_task(connection.run())
+    await connection.wait_connected(30)
+    await create_stream(connection, wanted)
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def own(folder: Path, rounds: int) -> Owners:
+    """So many rounds. Fails as soon as two act at once."""
+    with in_memory(folder / "nats"):
+        async with NatsCluster(folder / "nats") as cluster, contextlib.AsyncExitStack() as stack:
+            owners = Owners(cluster, folder)
+            for replica in owners.replicas:
+                for hole in replica.holes:
+                    await stack.enter_async_context(hole)
+            try:
+                await owners.start()
+                for number in range(rounds):
+                    await owners.round(number)
+                    if sys.stderr.isatty() or __name__ == "__main__":
+                        print(f"{number + 1}/{rounds}", owners.acts.count, file=sys.stderr, flush=True)
+            finally:
+                for replica in owners.replicas:
+                    if replica.process is not None:
+                        replica.kill()
+            return owners
+
+
+@pytest.mark.slow
+async def test_no_two_act_at_once_whatever_is_killed_stopped_or_cut_off(tmp_path: Path) -> None:
+    owners = await own(tmp_path, ROUNDS)
+    assert owners.acts.count > ROUNDS * 500
+    assert max(owners.unacted_s["kill"]) < LEASE_S + 2.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills, stops and cuts off owners of leases.")
+    parser.add_argument("--rounds", type=int, default=200)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="owners-"))
+    print(asyncio.run(own(folder, given.rounds)).table())
+
+
+if __name__ == "__main__":
+    main()
