@@ -36,17 +36,20 @@ def channels(names: Names) -> list[Channel]:
         ("in", names.live(sandbox), "inbound", "Live: what a user said, by plain subscribe."),
         ("receipt", receipts, "receipt", "What became of a command."),
         ("binding", names.event(sandbox, "binding"), "binding_event", "A binding changed."),
-        ("erased", names.event(sandbox, "erased"), "erased_event", "A person was erased."),
         ("login", names.event(sandbox, "login"), "login_event", "A step of a QR login."),
+        *(
+            (f"{verb}_receipt", receipts.replace(".receipt.", f".{verb}."), "receipt", f"How {what} ended.")
+            for verb, what in (("bind", "a bind"), ("unbind", "an unbind"), ("erase", "an erase"))
+        ),
     ]
     received = [
         ("out", names.out(sandbox), "outbound", "A sandbox says something to its user."),
         ("out_any", names.out_plain, "outbound", "A service says it; the body names the sandbox."),
     ]
     controls = [
-        ("bind", names.bind, "Let a bot serve a sandbox."),
-        ("unbind", names.unbind, "End that."),
-        ("erase", names.erase, "Erase a person."),
+        ("bind", names.said("bind", sandbox), "Let a bot serve a sandbox."),
+        ("unbind", names.said("unbind", sandbox), "End that."),
+        ("erase", names.said("erase", sandbox), "Erase a person."),
     ]
     of_body = "of the sandbox that the body names."
     services = [
@@ -76,7 +79,7 @@ def channels(names: Names) -> list[Channel]:
     return [
         *(Channel(key, subject, message, "send", summary) for key, subject, message, summary in sent),
         *(Channel(key, subject, message, "receive", summary) for key, subject, message, summary in received),
-        *(Channel(key, at, key, "receive", summary, "control_answer", BY_HEADER) for key, at, summary in controls),
+        *(Channel(key, at, key, "receive", summary, "receipt", BY_HEADER) for key, at, summary in controls),
         *(
             Channel(key, names.svc(verb), message, "receive", summary, answer, BY_REPLY)
             for key, verb, message, answer, summary in services

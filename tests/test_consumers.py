@@ -39,7 +39,6 @@ async def test_a_consumer_that_keeps_crashing_is_reported_and_ends(bench: Bench)
         names=bench.names,
         metrics=bench.metrics,
         clock=bench.clock,
-        closing=bench.replica.closing,
         health=SimpleNamespace(report_failed_loop=lambda name, detail: failed.append((name, detail))),
     )
     shard = bench.shard("s1")

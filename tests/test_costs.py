@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 
 from adapter.ports import Account, Polled
-from tests.bindings.test_control import Platform
+from tests.bindings.platform import Platform
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import polls, raw, texts
 from tests.outbound import shards
@@ -65,18 +65,13 @@ async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
     assert len(entry.value) < 2000
 
 
-async def test_a_bind_costs_its_binding_its_event_and_its_outcome_and_deletes_nothing() -> None:
+async def test_a_bind_costs_binding_event_and_receipt_and_in_clear_is_overwritten() -> None:
     platform = Platform()
-    deleted = 0
-
-    async def count() -> None:
-        nonlocal deleted
-        deleted += 1
-
-    platform.bench.bus.on_delete = count
-    await platform.bind()
-    assert Counter(platform.bench.bus.writes) == {"binding": 1, "event": 1, "login": 1}
-    assert deleted == 0
+    bench, sealed = platform.bench, platform.bench.sealer.seal("bind s1 b1@im.bot", "b1@im.bot:SECRET")
+    await platform.bind(bot_token=sealed)
+    assert (Counter(bench.bus.writes), bench.bus.erased) == ({"binding": 1, "event": 2}, [])
+    await platform.bind(bot_token="b1@im.bot:ANOTHER")
+    assert bench.bus.erased == [("WECHAT_OUT", 2)]
 
 
 class Silence:

@@ -35,8 +35,7 @@ async def talk(bench: Bench, shard: Partition, first: int, *, unbind: bool) -> N
         shard.on_delivery(bench.command(f"t{number}", bot=bot, id=f"c{number}"))
         await asyncio.sleep(5)
         if unbind:
-            await bench.close(bot)
-            await bench.bindings.remove(bot)
+            await bench.unbind(bot)
     bench.bindings._deleted.clear()  # bounded by their number
     for _ in range(2):  # what is not stored is, at first
         await asyncio.sleep(60)

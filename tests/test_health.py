@@ -65,8 +65,6 @@ class Replica:
     async def _api(self, verb: str, timeout_s: float = 5.0) -> dict[str, Any]:
         if self.silence is not None:
             raise self.silence
-        if verb.startswith("CONSUMER.INFO.WECHAT_CTL"):
-            raise BusRefused(10014, "consumer not found")
         return NUMBERS | ({"paused": True} if self.paused else {})
 
     # as the inspector -------------------------------------------------------------------------------

@@ -26,11 +26,9 @@ import pytest
 from adapter.bridge import entries
 from adapter.bridge.handover import SILENT_S
 from adapter.bridge.partition import Partition
-from adapter.bridge.receive import ANYBODY
-from adapter.contract.messages import FINAL_OUTCOMES, Bind, Receipt, Unbind
+from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.kit.persist import persist
 from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
@@ -300,8 +298,8 @@ class Model:
         self.told: list[Told] = []
         self.commands: dict[int, FakeDelivery] = {}
         self.delivered: set[int] = set()
-        self.control = Bench(self.world, instance="control")
-        self.binder = self.control.binder()
+        self.controls: dict[int, str] = {}
+        """Binds and unbinds: the verb, by sequence."""
         self.binding = asyncio.Lock()
         self.bots = {user: f"{user}b0@im.bot" for user in USERS}
         self.tokens = 0
@@ -320,12 +318,12 @@ class Model:
         self.later: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> None:
-        for user in USERS:
-            await self._bind("s1", self.bots[user], f"{user}@im.wechat")
         first = await self._start()
         second = await self._start() if self.settings["split"] else first
         for name, owner in zip(SANDBOXES, (first, second), strict=True):
             self._pass_on(self.number(name), owner)
+        for user in USERS:
+            await self._bind("s1", self.bots[user], f"{user}@im.wechat")
 
     def number(self, sandbox: str) -> int:
         return self.world.names.partition_of(sandbox)
@@ -414,7 +412,8 @@ class Model:
         name = f"c{sandbox}{user}{ident}"
         whom = {"user": f"{user}@im.wechat"} if to == "user" else {"bot": self.bots[user]} if to == "bot" else {}
         alone = [binding.user for binding in self.world.bindings.of_sandbox(sandbox)]
-        meant = f"{user}@im.wechat" if whom else alone[0] if len(alone) == 1 else ""
+        is_changing = any(stored.seq in self.controls for stored in self.world.bus.found("OUT"))
+        meant = f"{user}@im.wechat" if whom else alone[0] if len(alone) == 1 and not is_changing else ""
         self._store(
             lambda sequence: Told(name, sequence, texts, meant, fields), sandbox, id=name, **body, **whom, **fields
         )
@@ -430,16 +429,16 @@ class Model:
     async def write(self, *, user: str) -> None:
         """What a poller does with a message."""
         bot, name = self.bots[user], f"{user}@im.wechat"
-        if (binding := self.world.bindings.serving(bot)) is None or not self.hold.up.is_set():
+        if (binding := self.world.bindings.get(bot)) is None or not self.hold.up.is_set():
             return
         polling = self.consumers.get(self.number(binding.sandbox))
         if polling is None or not polling[0].bench.leases.has_lease:
             return
         await asyncio.sleep(0.001)
         await self.world.bindings.update(
-            bot, lambda now: None if now.user or now.closing else msgspec.structs.replace(now, user=name)
+            bot, lambda now: None if now.user else msgspec.structs.replace(now, user=name)
         )
-        if binding := self.world.bindings.serving(bot):
+        if binding := self.world.bindings.get(bot):
             self.wrote[bot].append(len(self.chat.sent))
             self._publish(binding, name)
             await self._look(bot)
@@ -454,7 +453,7 @@ class Model:
 
     async def _look(self, bot: str) -> None:
         """The person has the message from their poller."""
-        while (binding := self.world.bindings.serving(bot)) and self.number(binding.sandbox) in self.consumers:
+        while (binding := self.world.bindings.get(bot)) and self.number(binding.sandbox) in self.consumers:
             _, partition = self.consumers[self.number(binding.sandbox)]
             try:
                 person = partition.person(binding)
@@ -489,10 +488,10 @@ class Model:
         async with self.binding:
             bot, name = self.bots[user], f"{user}@im.wechat"
             before = self.world.bindings.get(bot)
+            if before is not None and before.sandbox != sandbox:
+                await self._unbind(before.bot)  # it serves one sandbox at a time
             if anew:
                 bot = self.bots[user] = f"{user}b{self.tokens}@im.bot"
-                if before is not None and before.sandbox != sandbox:
-                    await self._unbind(before.bot)  # the platform cleans up: WeChat has killed it
             others = [one for one in self.world.bindings.of_sandbox(sandbox) if one.bot != bot]
             named = named or any(one.user == name for one in others)
             for one in others:
@@ -502,14 +501,19 @@ class Model:
 
     async def _bind(self, sandbox: str, bot: str, user: str) -> None:
         self.tokens += 1
-        command, number = Bind(sandbox=sandbox, bot=bot, bot_token=f"{bot}:{self.tokens}", user=user), self.tokens
-        await persist(lambda: self.binder.bind(command, number), ANYBODY, self.world.clock, "control")
+        await self._say("bind", sandbox, bot=bot, bot_token=f"{bot}:{self.tokens}", user=user)
 
     async def _unbind(self, bot: str) -> None:
         if binding := self.world.bindings.get(bot):
-            self.tokens += 1
-            command, number = Unbind(sandbox=binding.sandbox, bot=bot), self.tokens
-            await persist(lambda: self.binder.unbind(command, number), ANYBODY, self.world.clock, "control")
+            await self._say("unbind", binding.sandbox, bot=bot)
+
+    async def _say(self, verb: str, sandbox: str, **body: Any) -> None:
+        """Says a bind or unbind, and waits until it is done."""
+        said = self.world.command(verb=verb, sandbox=sandbox, **body)
+        self.commands[said.seq], self.controls[said.seq] = said, verb
+        self._deliver(said)
+        while any(stored.seq == said.seq for stored in self.world.bus.found("OUT")):
+            await asyncio.sleep(0.1)
 
     async def unbind(self, *, user: str) -> None:
         self.call_later(0.0, partial(self._unbind_user, user))
@@ -683,6 +687,14 @@ def nothing_is_left(model: Model) -> list[str]:
     return left
 
 
+def each_bind_and_unbind_is_applied_once(model: Model) -> list[str]:
+    found: dict[int, list[str]] = defaultdict(list)
+    for verb in ("bind", "unbind"):
+        for receipt in model.world.bus.receipts(verb):
+            found[receipt.sequence].append(receipt.outcome)
+    return [f"{verb} {seq}: {found[seq]}" for seq, verb in model.controls.items() if found[seq] != ["applied"]]
+
+
 def each_has_one_final_receipt(model: Model) -> list[str]:
     finals = model.finals()
     return [
@@ -797,6 +809,7 @@ def windows_are_kept(model: Model) -> list[str]:
 
 CHECKS: list[Callable[[Model], list[str]]] = [
     nothing_is_left,
+    each_bind_and_unbind_is_applied_once,
     each_has_one_final_receipt,
     receipts_are_true,
     an_id_is_sent_once,

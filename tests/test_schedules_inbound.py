@@ -15,7 +15,7 @@ import inspect
 import os
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,16 +24,13 @@ import msgspec
 import pytest
 
 from adapter.bridge.partition import Partition
-from adapter.bridge.receive import ANYBODY
-from adapter.contract.messages import Bind, Unbind
 from adapter.contract.names import H_REASON
 from adapter.contract.records import Binding
 from adapter.errors import SessionExpired, Temporary
-from adapter.kit.persist import persist
 from adapter.ports import Account, Polled, StoredMessage
 from adapter.simulator import samples
-from tests.fakes import Bench, FakeBus, FakeChat, Life, VirtualLoop
-from tests.fakes.mortal import mortal
+from tests.fakes import Bench, FakeBus, FakeChat, FakeDelivery, Life, VirtualLoop
+from tests.fakes.mortal import Command, mortal
 from tests.inbound.pollers import opened
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "40"))
@@ -181,7 +178,8 @@ class Stopping(Life):
 class Replica:
     """Runs as the service does, with the partitions that the model gives it."""
 
-    def __init__(self, bench: Bench, life: Stopping) -> None:
+    def __init__(self, model: Model, bench: Bench, life: Stopping) -> None:
+        self._model = model
         self.bench = bench
         self.life = life
         self.is_well = True
@@ -193,10 +191,7 @@ class Replica:
         """Reasons for which it hears nobody, and nobody hears it."""
 
     async def begin(self) -> None:
-        await self.bench.run(self._consume)
-
-    async def _consume(self, _: Partition) -> None:
-        await asyncio.Event().wait()
+        await self.bench.run(partial(self._model.consume, self))
 
     def take(self, number: int) -> None:
         if self.is_well:
@@ -295,17 +290,17 @@ class Model:
         self.world.bus.on_publish = self._wait
         self.world.person_bucket.on_write = self._wait
         self.box.before_poll = self._check_cursor
-        self.control = Bench(self.world, instance="control")
-        self.binder = self.control.binder()
         self.controlling = asyncio.Lock()
         self.all: list[Replica] = []
         self.homes: dict[int, Replica] = {}
         """Whose each partition is, or is about to be."""
+        self.consumers: dict[int, tuple[Replica, Partition]] = {}
         self.heirs: dict[int, tuple[Replica, float]] = {}
         """Who gets a partition that is being released, and when."""
         self.waits: set[asyncio.Task[None]] = set()
         self.wrong: list[str] = []
-        self.commands = 0
+        self.commands: dict[int, FakeDelivery] = {}
+        """Binds and unbinds, by sequence."""
         self.times: dict[tuple[str, int], Time] = {}
         """By subject and `since`."""
         self.letters: set[int] = set()
@@ -315,11 +310,11 @@ class Model:
         await self.up.wait()
 
     async def begin(self) -> None:
-        self.control.bindings.add_listener(self._on_binding)
-        await self._bind("s1", 0)
+        self.world.bindings.add_listener(self._on_binding)
         first = await self._start()
         for name in SANDBOXES:
             self._pass_on(self.world.names.partition_of(name), first)
+        await self._bind("s1", 0)
 
     def now(self) -> float:
         return self.world.clock.monotonic()
@@ -350,17 +345,35 @@ class Model:
         if not kept.issuperset(passed):
             self.wrong.append(f"the cursor says {cursor}, and {len(kept)} are stored")
 
-    # replicas
-
     async def _start(self) -> Replica:
         life = Stopping()
         bench = mortal(self.world, len(self.all) + 1, life)
         bench.bus_up = self.up
-        replica = Replica(bench, life)
+        replica = Replica(self, bench, life)
         bench.leases.on_released = self._on_released
         self.all.append(replica)
         await replica.begin()
         return replica
+
+    # the bus
+
+    async def consume(self, replica: Replica, partition: Partition) -> None:
+        """All that is not acknowledged comes when a consumer begins, in order."""
+        self.consumers[partition.number] = replica, partition
+        for stored in self.world.bus.found("OUT"):
+            self._deliver(self.commands[stored.seq], redelivered=True)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if self.consumers.get(partition.number) == (replica, partition):
+                del self.consumers[partition.number]
+
+    def _deliver(self, said: FakeDelivery, *, redelivered: bool) -> None:
+        if consumer := self.consumers.get(int(said.subject.split(".")[2])):
+            replica, partition = consumer
+            partition.on_delivery(Command(self.world.bus, said, redelivered=redelivered, life=replica.life))
+
+    # replicas
 
     async def _heir(self, number: int, *others: Replica) -> Replica:
         """One of those who are well, or a new one."""
@@ -395,7 +408,7 @@ class Model:
 
     def _who(self, who: str) -> Replica | None:
         """None: there is nobody."""
-        binding = self.control.bindings.get(BOT)
+        binding = self.world.bindings.get(BOT)
         owner = self.homes[self.world.names.partition_of(binding.sandbox if binding else "s1")]
         poller = next((each for each in self.all if each.polls), None)
         living = [each for each in self.all if not each.is_dead and each.life.is_going]
@@ -512,18 +525,23 @@ class Model:
     # control
 
     async def _bind(self, sandbox: str, token: int | str) -> None:
-        command = Bind(sandbox=sandbox, bot=BOT, bot_token=f"{BOT}:{token}", user=USER)
-        await self._apply(partial(self.binder.bind, command))
+        binding = self.world.bindings.get(BOT)
+        if binding is not None and binding.sandbox != sandbox:
+            await self._unbind()
+        await self._say("bind", sandbox, bot=BOT, bot_token=f"{BOT}:{token}", user=USER)
 
     async def _unbind(self) -> None:
-        if binding := self.control.bindings.get(BOT):
-            await self._apply(partial(self.binder.unbind, Unbind(sandbox=binding.sandbox, bot=BOT)))
+        if binding := self.world.bindings.get(BOT):
+            await self._say("unbind", binding.sandbox, bot=BOT)
 
-    async def _apply(self, work: Callable[[int], Awaitable[object]]) -> None:
+    async def _say(self, verb: str, sandbox: str, **body: Any) -> None:
+        """Says a bind or unbind, and waits until it is done."""
         async with self.controlling:
-            self.commands += 1
-            number = self.commands
-            await persist(lambda: work(number), ANYBODY, self.world.clock, "control")
+            said = self.world.command(verb=verb, sandbox=sandbox, **body)
+            self.commands[said.seq] = said
+            self._deliver(said, redelivered=False)
+            while any(stored.seq == said.seq for stored in self.world.bus.found("OUT")):
+                await asyncio.sleep(0.1)
 
     # the end
 
@@ -534,7 +552,7 @@ class Model:
         async with asyncio.timeout(600):
             while waits := [each for each in self.waits if not each.done()]:
                 await asyncio.gather(*waits)
-        binding = self.control.bindings.get(BOT)
+        binding = self.world.bindings.get(BOT)
         await self._bind(binding.sandbox if binding else "s1", "last")
         await asyncio.sleep(400)
 
@@ -560,7 +578,7 @@ class Model:
             own = [n for n in got if self.box.given[n] >= time.begin]
             if any(a > b for a, b in pairwise(own)):
                 wrong.append(f"order: {subject} {since} got {own}")
-        binding = self.control.bindings.get(BOT)
+        binding = self.world.bindings.get(BOT)
         assert binding is not None
         now = self.times[self.world.names.inbox(binding.sandbox, binding.person), binding.since].got
         if now != (there := [one.sent_at_ms for one in self.world.bus.inbound()]):

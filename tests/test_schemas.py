@@ -118,13 +118,16 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
     assert addresses == {
         None,
         *(names.live("{sandbox}"), names.out("{sandbox}"), names.out_plain),
-        *(names.event("{sandbox}", kind) for kind in ("binding", "login", "erased")),
+        *(names.event("{sandbox}", kind) for kind in ("binding", "login")),
         *(
-            "wechat.event.{sandbox}.receipt.{command}.{sequence}",
+            *(
+                f"wechat.event.{{sandbox}}.{verb}.{{command}}.{{sequence}}"
+                for verb in ("receipt", "bind", "unbind", "erase")
+            ),
             names.svc("receipt"),
             names.svc("receipt.{sandbox}"),
         ),
-        *(names.bind, names.unbind, names.erase),
+        *(names.said(verb, "{sandbox}") for verb in ("bind", "unbind", "erase")),
         *(names.svc("media.get.{sandbox}"), names.svc("media.put.{sandbox}")),
         *(names.svc(f"login.{verb}") for verb in ("start", "status", "verify", "cancel")),
         *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window"), names.svc("replay")),

@@ -47,9 +47,6 @@ class Bindings:
         self.changed = ChangeSignal()
         self.is_loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
-        self.is_current = True
-        """False after each connect, until the bucket was read once more: what another replica has bound meanwhile may
-        be missing."""
         self._bucket = bucket
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
@@ -69,22 +66,13 @@ class Bindings:
     def get(self, bot: str) -> Binding | None:
         return self._by_bot.get(bot, (None, 0))[0]
 
-    def serving(self, bot: str) -> Binding | None:
-        """The bot's binding, unless it is closing."""
-        binding = self.get(bot)
-        return None if binding is None or binding.closing else binding
-
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
         return list(self._by_partition[self.partition_of(sandbox)].get(sandbox, {}).values())
 
-    def serving_sandbox(self, sandbox: str) -> list[Binding]:
-        """As `of_sandbox`, without bindings that are closing."""
-        return [binding for binding in self.of_sandbox(sandbox) if not binding.closing]
-
     def serving_user(self, sandbox: str, user: str) -> list[Binding]:
-        """Those of `serving_sandbox` with this user; several only shortly after a login."""
-        return [binding for binding in self.serving_sandbox(sandbox) if binding.user == user]
+        """Those of `of_sandbox` with this user; several only shortly after a login."""
+        return [binding for binding in self.of_sandbox(sandbox) if binding.user == user]
 
     def of_partition(self, number: int) -> list[Binding]:
         """Bindings of the partition's sandboxes."""
@@ -111,24 +99,14 @@ class Bindings:
                 "too_new", "A newer version wrote this bot's binding: finish the roll-out, then bind again."
             )
 
-    async def put(self, binding: Binding, check: Callable[[], None] = lambda: None) -> None:
-        """Writes a binding over any existing one. `check` is called after each read; the revision then refuses the
-        write if another replica has written since. Raises Refused("too_new")."""
-
-        def make(_: Binding | None) -> Binding:
-            check()
-            return binding
-
-        if await self._change(binding.bot, make) is None:
-            self.ensure_known(binding.bot)
-
     async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
         """Changes an existing binding and returns it. `make` gets the newest one, and returns None to leave it."""
-        return await self._change(bot, lambda now: None if now is None else make(now))
+        return await self.change(bot, lambda now: None if now is None else make(now))
 
-    async def _change(self, bot: str, make: Callable[[Binding | None], Binding | None]) -> Binding | None:
-        """Writes what `make` makes of the newest binding (None: there is none that can be read). Returns it; None: it
-        is left, or only a newer replica may change it."""
+    async def change(self, bot: str, make: Callable[[Binding | None], Binding | None]) -> Binding | None:
+        """Writes what `make` makes of the newest binding (None: there is none that can be read), if nobody has
+        written since. Returns it; None: it is left, or only a newer replica may change it. Raises what `make`
+        raises."""
         while True:
             entry = await self.refresh(bot)
             before = None
@@ -151,7 +129,8 @@ class Bindings:
 
     async def remove(self, bot: str, check: Callable[[], None] = lambda: None) -> None:
         """Deletes a binding; a missing one is no error. A binding that the bucket lost still gets a delete marker,
-        for replicas that have it in memory. `check`: as for `put`."""
+        for replicas that have it in memory. `check` is called after each read; the revision then refuses the
+        deletion if another replica has written since."""
         while True:
             entry = await self.refresh(bot)
             check()
@@ -198,7 +177,6 @@ class Bindings:
         self.is_current = False
 
     def _on_loaded(self) -> None:
-        self.is_current = True
         if not self.is_loaded:
             self.is_loaded = True
             log.info("bindings.loaded", bindings=len(self))

@@ -79,16 +79,17 @@ class InFlight:
         """Publishes final receipts, then acknowledges the commands. All receipts come first: a new owner that finds
         one of a merged message knows the result of the others. `on_told`: called for each of them in between. Raises
         LeaseLost."""
-        told = await asyncio.gather(*(self._tell_final(*each, address, shown) for each in ends))
+        told = await asyncio.gather(*(self.tell_final(*each, address, shown) for each in ends))
         for (command, result), is_told in zip(ends, told, strict=True):
             on_told(command, result)
             if is_told:
                 await self.acknowledge(command)
 
-    async def _tell_final(
-        self, command: QueuedCommand, result: CommandResult, address: Address, shown: Window
+    async def tell_final(
+        self, command: QueuedCommand, result: CommandResult, address: Address, shown: Window = NO_WINDOW
     ) -> bool:
-        """False: a bug prevents the receipt, and the command comes again to the next owner."""
+        """Publishes a final receipt. False: a bug prevents it, and the command comes again to the next owner. Raises
+        LeaseLost."""
         try:
             await self.tell(command, result, address, shown)
         except Crashed as exc:
@@ -107,7 +108,8 @@ class InFlight:
         """The results of commands that have a final receipt, by their own sequences. Those that were parked are
         marked. Raises LeaseLost, Crashed."""
         refs = [command.ref for command in commands]
-        stored = await self._persist(lambda: self._parts.receipts.find(sandbox, refs), "receipts", commands[0])
+        find = partial(self._parts.receipts.find, sandbox, refs, commands[0].verb)
+        stored = await self._persist(find, "receipts", commands[0])
         found = {}
         for command in commands:
             if (last := stored.get(command.ref)) is None:

@@ -1,11 +1,9 @@
-"""The commands and persons of one partition, from when this replica owns it until it does not.
+"""The sandboxes of one partition, from when this replica owns it until it does not.
 
-`on_delivery` gets each command from the partition's consumer and decides at once whose it is: it joins the queue of
-its person, or ends here, if nobody is served by it.
+`on_delivery` gets all that is said to them from the partition's consumer, in order, and passes it to its sandbox.
 
 The consumer delivers again what a former owner has not acknowledged. Such a command, and a copy by the router, may
-have been worked on: its receipt is looked up before anything is done about it, and where nobody is served by it, it
-belongs to whom a former owner was sending it, or had parked it for.
+have been worked on: its receipt is looked up before anything is done about it.
 """
 
 from __future__ import annotations
@@ -21,27 +19,17 @@ import structlog
 from adapter.bridge import sending
 from adapter.bridge.commands import PEER, command_id, decode_command, identity_of, read_command, salvage_ids
 from adapter.bridge.handover import Handover, say_polled
-from adapter.bridge.inflight import NO_WINDOW, InFlight
+from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
-from adapter.bridge.persons import binding_of
-from adapter.bridge.receipts import Address
+from adapter.bridge.sandbox import Sandbox, read_control
 from adapter.bridge.sender import Phase
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
-from adapter.contract.names import H_MSG_ID, command_traceparent, person_token
-from adapter.contract.records import Binding, PersonKey
-from adapter.errors import (
-    AdapterError,
-    BusRefused,
-    Crashed,
-    LeaseLost,
-    RecordTooNew,
-    Refused,
-    Temporary,
-    Unreadable,
-)
+from adapter.contract.names import H_MSG_ID
+from adapter.contract.records import Binding
+from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.tasks import TaskSet
 from adapter.ports import Delivery
 
@@ -66,12 +54,11 @@ class Partition:
         self.is_draining = False
         self.commands = InFlight(parts, self.tenure)
         self.typing = TypingIndicators(parts.chat, parts.clock, tenure.check)
-        self._persons: dict[str, dict[PersonKey, Person]] = {}
-        """By sandbox."""
+        self._sandboxes: dict[str, Sandbox] = {}
         self._tasks = TaskSet("partition")
 
     def __iter__(self) -> Iterator[Person]:
-        return iter([each for of_sandbox in self._persons.values() for each in of_sandbox.values()])
+        return iter([each for sandbox in self._sandboxes.values() for each in sandbox.persons.values()])
 
     # persons ----------------------------------------------------------------------------------------
 
@@ -90,66 +77,23 @@ class Partition:
                 person.restore(found)
             if number % 200 == 199:
                 await asyncio.sleep(0)  # thousands must not delay the renewal
+        for binding in bindings.of_partition(self.number):  # of two bots of one person the later one goes on
+            await self._sandbox(binding.sandbox).drop_replaced(binding)
+
+    def _sandbox(self, name: str) -> Sandbox:
+        if (sandbox := self._sandboxes.get(name)) is None:
+            new = Sandbox(name, self.parts, self.tenure, self.handover, self.commands, self.typing, self._tasks)
+            sandbox = self._sandboxes[name] = new
+        return sandbox
 
     def person(self, binding: Binding) -> Person:
         """The person of a binding, who exists from now on."""
-        key = binding.key
-        of_sandbox = self._persons.setdefault(key.sandbox, {})
-        if (person := of_sandbox.get(key)) is None:
-            person = of_sandbox[key] = Person(key, self.parts, self.tenure, self.handover, self.commands, self.typing)
-            person.check_binding()
-        return person
+        return self._sandbox(binding.sandbox).person(binding)
 
     def on_binding(self, before: Binding | None, after: Binding | None) -> None:
         """Handles a changed binding, or a change of its token's state."""
         for binding in filter(None, (before, after)):
-            person = self.person(binding)
-            person.check_binding()
-            self._drop_gone(person)
-
-    def _drop_gone(self, person: Person) -> None:
-        """Forgets a person whom no binding has any more, once nothing is in hand for them."""
-        key, of_sandbox = person.key, self._persons.get(person.key.sandbox, {})
-        is_bound = any(each.key == key for each in self.parts.bindings.of_sandbox(key.sandbox))
-        if is_bound or not person.sender.is_idle or of_sandbox.get(key) is not person:
-            return
-        del of_sandbox[key]
-        if not of_sandbox:
-            del self._persons[key.sandbox]
-
-    async def end_service(self, binding: Binding) -> None:
-        """Ends the commands of a person whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
-        person = self.person(binding)
-        try:
-            await person.open()
-        except (RecordTooNew, Refused) as exc:  # it stays as it is
-            log.info("person.unopenable", sandbox=binding.sandbox, reason=exc.reason)
-        person.check_binding()
-
-    def is_service_ended(self, binding: Binding) -> bool:
-        """Whether nothing is in hand for the person of a closing binding whom no other bot serves."""
-        person = self.person(binding)
-        return person.bot is not None or person.sender.is_idle
-
-    async def end_person(self, binding: Binding) -> None:
-        """Stores the end of the person's time, unless another bot serves them. Raises Temporary, BusRefused,
-        LeaseLost."""
-        key = binding.key
-        if binding_of(self.parts.bindings, key) is None:
-            await self._tell_of_head(self.person(binding))
-            await self.parts.persons.end(key)
-
-    async def _tell_of_head(self, person: Person) -> None:
-        """Ends what a former owner was sending and the consumer has not brought yet: nothing is left that tells of it
-        once the record is gone. One that has its final receipt keeps that."""
-        head, parts, sandbox = person.state.head, self.parts, person.key.sandbox
-        if head is None or not head.is_partially_sent:
-            return
-        result = sending.unfinished_result(CommandResult("refused", "not_bound", sending.UNSERVED), head)
-        address = Address(sandbox, head.bot, person.user)
-        for ref in head.commands:
-            trace = command_traceparent("", sandbox, ref.sequence, ref.stored_ms, "")
-            await parts.receipts.publish(ref, result, address, NO_WINDOW, trace, ensure_owner=self.tenure.check)
+            self._sandbox(binding.sandbox).on_binding(binding)
 
     # deliveries -------------------------------------------------------------------------------------
 
@@ -157,30 +101,45 @@ class Partition:
         """Takes a delivery or redelivery."""
         if self.is_draining:
             return
+        verb, name = delivery.subject.split(".")[-2:]
+        sandbox = self._sandbox(name)
+        if verb in sending.CONTROL:
+            self._on_control(delivery, verb, sandbox)
+            return
         if (known := self.commands.commands.get(delivery.seq)) is not None:
             known.delivery = _without_data(delivery)
             return
         ref = identity_of(delivery.headers, delivery.seq, delivery.time_ms)
-        command = sending.unread(delivery, ref, delivery.subject.rpartition(".")[2])
+        command = sending.unread(delivery, ref, name)
         try:
-            refusal = self._read(command, delivery)
-            if not self.commands.add(command):  # another copy by the router, and the first is in hand
-                self.commands.release_body(command)
-                self._tasks.spawn(delivery.ack())
-                return
-            if refusal is None:
-                self._place(command)
-            else:
-                self._tasks.spawn(self._end(command, refusal))
-        except Exception as exc:  # the one place where the code may raise for a command that has no person
+            result = self._read(command, delivery)
+        except Exception as exc:
             log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
-            crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+            result = sending.crashed_result(exc)
             if not command.ref.id:
                 command.ref = msgspec.structs.replace(ref, id=str(delivery.seq))
-            if self.commands.add(command):
-                self._place_unserved(command, crashed)
-        finally:
-            _without_data(delivery)
+        if self.commands.add(command):
+            sandbox.take(command, result)
+        else:  # another copy by the router, and the first is in hand
+            self.commands.release_body(command)
+            self._tasks.spawn(delivery.ack())
+        _without_data(delivery)
+
+    def _on_control(self, delivery: Delivery, verb: str, sandbox: Sandbox) -> None:
+        """Takes a bind, unbind or erase."""
+        if (known := sandbox.in_hand(delivery.seq)) is not None:
+            known.delivery = delivery
+            return
+        if not delivery.redelivered:
+            self.parts.metrics.outbound_received.inc()
+        ref = identity_of(delivery.headers, delivery.seq, delivery.time_ms)
+        command = sending.unread(delivery, ref, sandbox.name)
+        command.kind = verb  # type: ignore[assignment] # one of sending.CONTROL
+        command.is_checked = not delivery.is_old and ref.sequence == delivery.seq
+        result = read_control(command)
+        if result is not None:
+            self.parts.metrics.schema_violations.labels(kind="out").inc()
+        sandbox.take(command, result)
 
     def _read(self, command: QueuedCommand, delivery: Delivery) -> CommandResult | None:
         """Reads the body. Returns how the command ends if it is none."""
@@ -209,79 +168,6 @@ class Partition:
         if parts.bodies.take(len(delivery.data)):
             command.parts, command.size = read.parts, len(delivery.data)
         return None
-
-    def _place(self, command: QueuedCommand) -> None:
-        """Passes a command to its person, or ends it."""
-        try:
-            binding = self._binding_for(command)
-        except Refused as exc:
-            self._place_unserved(command, sending.unreadable_result(exc))
-        else:
-            self.person(binding).sender.enqueue(command)
-
-    def _place_unserved(self, command: QueuedCommand, refusal: CommandResult) -> None:
-        """Places a command that nobody serves with whom a former owner was sending it to: at once, since that one's
-        queue waits for no command. Else its receipt is looked up."""
-        if (person := self._who_has_begun(command)) is not None:
-            person.sender.enqueue(command)
-        else:
-            self._tasks.spawn(self._place_after_look(command, refusal))
-
-    def _binding_for(self, command: QueuedCommand) -> Binding:
-        """The binding of the person for whom a command is meant. Raises Refused."""
-        bound = self.parts.bindings.serving_sandbox(command.sandbox)
-        if command.bot:
-            bound = [binding for binding in bound if binding.bot == command.bot]
-        if bound and command.user:
-            of_user = [binding for binding in bound if binding.user == command.user]
-            # who answers as iLink names whom it likes: a user whom a bind has named is nobody else's
-            named = person_token(command.sandbox, command.user)
-            of_user = [binding for binding in of_user if binding.key.person == named] or of_user
-            if not (bound := of_user or [binding for binding in bound if not binding.user]):
-                raise Refused("not_bound", sending.UNSERVED)
-        if not bound:
-            raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
-        if len({binding.key for binding in bound}) > 1:
-            raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
-        if not (command.user or command.bot) and command.ref.sequence <= bound[0].out_after:
-            raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
-        return bound[0]
-
-    async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult) -> None:
-        """Places a command that nobody serves with whom a former owner has parked it for. Else it ends with
-        `refusal`."""
-        sandbox, person = command.sandbox, None
-        try:
-            if not command.is_checked:
-                found = await self.commands.find(sandbox, [command])
-                if command.sequence in found:
-                    await self.commands.acknowledge(command)
-                    return
-                person = self._who_has_begun(command)
-                command.is_checked = True
-        except Crashed as exc:  # a former owner may have sent it
-            refusal = CommandResult("uncertain", detail=exc.detail)
-        if person is not None:
-            person.sender.enqueue(command)
-        elif refusal.reason == "not_bound" and not (bindings := self.parts.bindings).is_current:
-            await bindings.changed.wait_until(lambda: bindings.is_current)
-            self._place(command)
-        else:
-            await self._end(command, refusal)
-
-    def _who_has_begun(self, command: QueuedCommand) -> Person | None:
-        """The person to whom a former owner was sending a command, or for whom it has parked it."""
-        persons = [*self._persons.get(command.sandbox, {}).values()]
-        for person in persons:
-            if (head := person.state.head) is not None and head.has_command(command.ref):
-                return person
-        if command.user or command.bot or not command.parked_for:
-            return None
-        return next((each for each in persons if each.user == command.parked_for and each.bot is not None), None)
-
-    async def _end(self, command: QueuedCommand, result: CommandResult) -> None:
-        """Ends a command that is nobody's."""
-        await self.commands.end([(command, result)], Address(command.sandbox, command.bot, command.user))
 
     # the end ----------------------------------------------------------------------------------------
 
@@ -325,7 +211,7 @@ class Partition:
             person.sender.stop(at_once=True)
         for command in self.commands.commands.values():
             self.commands.release_body(command)
-        self._persons.clear()  # breaks reference cycles
+        self._sandboxes.clear()  # breaks reference cycles
 
     # memory and metrics -----------------------------------------------------------------------------
 
@@ -341,23 +227,26 @@ class Partition:
 
     def evict_idle(self) -> None:
         """Forgets who is gone, and old tickets; called each half minute."""
-        for person in self:
-            if person.bot is None:
-                self._drop_gone(person)
+        for name, sandbox in [*self._sandboxes.items()]:
+            for person in [each for each in sandbox.persons.values() if each.bot is None]:
+                sandbox.drop_gone(person)
+            if sandbox.is_empty:
+                del self._sandboxes[name]
         bindings = self.parts.bindings
         self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
-        """Adds the parked commands to `parked`, by reason. Returns the number of other commands in flight, and when
-        the oldest of them was stored."""
+        """Adds the parked commands to `parked`, by reason. Returns the number of others in flight, with binds and the
+        like, and when the oldest of them was stored."""
         waiting, commands = 0, self.commands.commands
         for person in self:
             sender = person.sender
             count = sum(each.parked for each in sender.queue) if sender.reason else 0
             parked[sender.reason] += count
             waiting += count
-        stored_ms = (each.delivery.time_ms for each in commands.values() if not each.parked)
-        return len(commands) - waiting, min(stored_ms, default=None)
+        controls = [each for sandbox in self._sandboxes.values() for each in sandbox.controls]
+        stored_ms = [each.delivery.time_ms for each in (*commands.values(), *controls) if not each.parked]
+        return len(commands) + len(controls) - waiting, min(stored_ms, default=None)
 
 
 def _without_data(delivery: Delivery) -> Delivery:

@@ -157,7 +157,7 @@ class Partitions:
 
     def _is_wanted(self, bot: str) -> bool:
         """Whether this replica should poll a bot."""
-        binding = self.bindings.serving(bot)
+        binding = self.bindings.get(bot)
         if binding is None or binding.state == "too_new" or self.leases.draining:
             return False
         return self._number(binding) in self.working
@@ -167,7 +167,7 @@ class Partitions:
         if poller is None:
             if self._is_wanted(bot):
                 self._start(bot)
-        elif (binding := self.bindings.serving(bot)) is None or binding.state == "too_new":
+        elif (binding := self.bindings.get(bot)) is None or binding.state == "too_new":
             poller.stop(immediately=True)
 
     def _start(self, bot: str) -> None:
@@ -258,7 +258,7 @@ class Partitions:
         if polled is None or (partition := self.working.get(polled.partition)) is None:
             return
         partition.handover.on_polled(polled)
-        binding = self.bindings.serving(polled.bot) if polled.bot else None
+        binding = self.bindings.get(polled.bot) if polled.bot else None
         if binding is not None and self._number(binding) == polled.partition:
             self._tasks.spawn(self._read_newest(binding, partition))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from adapter.bindings.registry import Bindings
 from adapter.bridge.commands import Limits
+from adapter.bridge.erasure import Erasure
 from adapter.bridge.media import MediaFetcher
 from adapter.bridge.persons import Persons
 from adapter.bridge.presence import Presence
@@ -59,6 +60,7 @@ class Parts(msgspec.Struct, frozen=True):
     receipts: Receipts
     persons: Persons
     bindings: Bindings
+    erasure: Erasure
     names: Names
     sealer: Sealer
     presence: Presence
@@ -74,6 +76,8 @@ class Parts(msgspec.Struct, frozen=True):
     """Whether `wait_writable` would return at once."""
     wait_writable: Callable[[], Coroutine[Any, Any, object]]
     """Returns when the bus accepts what a poll may bring; no poll starts before."""
+    wait_bindings: Callable[[], Awaitable[None]]
+    """Returns when the bucket of bindings is complete: what is written before would be overwritten by its restore."""
     # what spreads the work of thousands of bots, which would otherwise delay the event loop and the lease
     bodies: Bodies
     slots: Mapping[str, FairSlots]

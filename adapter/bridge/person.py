@@ -1,8 +1,8 @@
 """One person: a WeChat user of one sandbox. The only object that knows both directions of a bot.
 
-`on_stored`, `take_entry`, `check_binding` and `Sender.enqueue` change memory at once and never wait. The poller is
-one task, the sender a coroutine that lives while there is work. After each wait both look at the state instead of
-trusting what they saw.
+`on_stored`, `take_entry`, `check_binding`, `leave` and `Sender.enqueue` change memory at once and never wait. The
+poller is one task, the sender a coroutine that lives while there is work. After each wait both look at the state
+instead of trusting what they saw.
 
 What is stored of a person are the newest entry of their subject (`entries`), written by whoever polls, and their
 record (`record`), written before each send. Of both the newer window counts.
@@ -10,9 +10,8 @@ record (`record`), written before each send. Of both the newer window counts.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -36,19 +35,9 @@ CURSOR_SAVED_S = 86_400.0
 """Time after which the cursor of a silent person is stored."""
 
 
-class Status(enum.Enum):
-    """What is known of a person here."""
-
-    UNREAD = enum.auto()
-    """Entry and record were not read yet; nothing is sent."""
-    READY = enum.auto()
-    ENDED = enum.auto()
-    """The end of their time is stored, or a later time has begun; nobody polls for them, and nothing is stored."""
-    ERASED = enum.auto()
-    """As ENDED, by an erasure."""
-
-
-OVER = (Status.ENDED, Status.ERASED)
+Gone: TypeAlias = Literal["", "not_bound", "erased"]
+"""Why a person's time is over: nobody polls for them or sends to them, and nothing of theirs is stored. "": it is
+not."""
 
 
 class AnswerState(NamedTuple):
@@ -91,9 +80,11 @@ class Person:
         self.user = ""
         """As iLink names them; "" as long as nobody knows."""
         self.bot: ServingBot | None = None
-        """The bot that serves them; None: their binding is over."""
+        """The bot that serves them; None: their time or their binding is over."""
         self.state = PersonState()
-        self.status = Status.UNREAD
+        self.is_open = False
+        """Entry and record were read; before that nothing is sent."""
+        self.gone: Gone = ""
         self.position = 0
         """Sequence of the subject's newest entry as it is known here, which the next entry expects."""
         self.seen = DedupWindow()
@@ -110,13 +101,13 @@ class Person:
     async def open(self) -> None:
         """Reads entry and record if they were not read. Raises Temporary; Refused("token_key") and RecordTooNew where
         they cannot be read here: nothing of theirs may be overwritten."""
-        if self.status is Status.UNREAD:
+        if not self.is_open:
             self.restore(await self._parts.persons.load(self.key))
 
     def restore(self, stored: StoredPerson) -> None:
         """Takes what is stored. What memory has newer stays."""
-        if self.status is Status.UNREAD:
-            self.status = Status.READY
+        if not self.is_open:
+            self.is_open = True
             if stored.state is not None:
                 self._take_record(stored.state)
             self._saved = Saved(stored.state, stored.revision)
@@ -148,8 +139,7 @@ class Person:
         entry, secrets, state = stored.entry, stored.secrets, self.state
         self.position = max(self.position, stored.sequence)
         if entry.since > self.key.since or (entry.ended and entry.since == self.key.since):
-            self.status = Status.ERASED if entry.erased else Status.ENDED
-            self.sender.on_change()
+            self.leave("erased" if entry.erased else "not_bound")
             return
         if entry.since != self.key.since:
             return
@@ -176,7 +166,7 @@ class Person:
 
     async def save(self) -> None:
         """Stores the record. Raises Temporary, LeaseLost; StaleRead if somebody else has written or deleted it since
-        it was read: `take_newer_record`."""
+        it was read: `take_newer_record`. Over the end of the person's time nothing is written."""
         persons = self._parts.persons
         while True:
             self.tenure.check()
@@ -185,10 +175,12 @@ class Person:
                 revision = await persons.save(self.key, self.user, state, self._saved.revision)
             except Conflict:
                 self.tenure.check()
-                stored, revision = await persons.reload(self.key)
+                stored, revision, is_over = await persons.reload(self.key)
                 self.tenure.check()  # the read may be slow, and the record that of a new owner
                 before, self._saved = self._saved, Saved(stored, revision)
-                if stored not in (before.state, written):
+                if is_over:
+                    self.leave("not_bound")
+                if is_over or stored not in (before.state, written):
                     raise StaleRead("stale_read", "the record is newer than what was read of it") from None
             else:
                 self._saved, self._saved_at = Saved(state, revision), self._parts.clock.monotonic()
@@ -196,16 +188,11 @@ class Person:
 
     def take_newer_record(self) -> None:
         """Takes the record that `save` met. What was about to be done by the older one was taken back."""
-        if self._saved.state is None:  # the person was erased meanwhile: nothing comes back from memory
+        if self._saved.state is None:  # the person is gone: nothing comes back from memory
             self.state = PersonState(bot=self.state.bot, bots=self.state.bots)
         else:
             self._take_record(self._saved.state)
             self._forget_other_bot()
-
-    @property
-    def is_open(self) -> bool:
-        """Entry and record were read."""
-        return self.status is not Status.UNREAD
 
     @property
     def is_saved(self) -> bool:
@@ -242,11 +229,17 @@ class Person:
     def check_binding(self) -> None:
         """Takes the binding that serves the person now. Token and cursor of another bot are forgotten."""
         binding = binding_of(self._parts.bindings, self.key)
-        former, self.bot = self.bot, None if binding is None else self._parts.sessions.serving(binding)
+        is_served = binding is not None and not self.gone
+        former, self.bot = self.bot, self._parts.sessions.serving(binding) if binding and is_served else None
         self.learn(binding.user if binding is not None else "")
         if self.bot != former:
             self._forget_other_bot()
             self.sender.on_binding()
+
+    def leave(self, gone: Gone) -> None:
+        """Their time is over: what waits for them ends. "": it goes on after all."""
+        self.gone = gone
+        self.check_binding()
 
     def learn(self, user: str) -> None:
         """The person's user, as the binding or the first message has it; "": it says nothing."""
@@ -262,7 +255,7 @@ class Person:
         return b"".join((kept, *lines))[-most * SIZE :]
 
     def _forget_other_bot(self) -> None:
-        if self.bot is not None and self.status is not Status.UNREAD:
+        if self.bot is not None and self.is_open:
             self.state = _with_bots(self.state, self.bot.id, ())
 
     def _open_window(self, opened: InboundReceived) -> None:

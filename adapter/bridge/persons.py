@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -32,7 +32,7 @@ _encode_record = msgspec.json.Encoder().encode
 
 def binding_of(bindings: Bindings, key: PersonKey) -> Binding | None:
     """The binding that serves a person: of two bots of one person the one that was bound later."""
-    found = [each for each in bindings.serving_sandbox(key.sandbox) if each.key == key]
+    found = [each for each in bindings.of_sandbox(key.sandbox) if each.key == key]
     return max(found, key=lambda each: each.bound, default=None)
 
 
@@ -136,9 +136,18 @@ class Persons:
         """Raises RecordTooNew, Unreadable."""
         return read_entry(stored, self._sealer)
 
-    async def reload(self, key: PersonKey) -> tuple[PersonState | None, int]:
-        """The record as it is now, and its revision. Raises Temporary, RecordTooNew, Refused("token_key")."""
-        return self._state_in(await self._bucket.get(key.key), key)
+    async def reload(self, key: PersonKey) -> tuple[PersonState | None, int, bool]:
+        """The record as it is after a refused write, its revision, and whether the person's time is over: it was
+        deleted, or is that of a later time. Raises Temporary, RecordTooNew, Refused("token_key")."""
+        entry = await self._bucket.get(key.key)
+        is_over = entry is not None and (entry.value is None or clear_of(entry.value).since > key.since)
+        return *self._state_in(entry, key), is_over
+
+    async def has_ended(self, key: PersonKey) -> bool:
+        """Whether the end of a person's time is stored. Raises Temporary."""
+        stored = await self._history.read_last(self._names.stream_in, self.subject(key))
+        about = clear_of(stored.data) if stored is not None else Clear()
+        return about.since > key.since or (about.ended and about.since == key.since)
 
     # writing ----------------------------------------------------------------------------------------
 
@@ -146,20 +155,22 @@ class Persons:
         """Writes the record at a revision; the new one. Raises Conflict, Temporary, BusRefused."""
         return await self._bucket.update(key.key, seal_state(key, user, state, self._sealer), revision)
 
-    async def forget(self, key: PersonKey) -> None:
-        """Deletes what is left of a time that has ended: the entries before its end, and the record. Raises
-        Temporary, BusRefused."""
-        sequence = await self.end(key)
+    async def end(self, key: PersonKey, check: Callable[[], None], *, erased: bool) -> None:
+        """Ends a person's time: stores an entry behind which the server takes nothing of it, and deletes the entries
+        before it and the record. May be repeated. `erased`: the entries are left to an erasure, since a purge leaves
+        them on the disk. `check` is called before each write. Raises Temporary, BusRefused, and what `check`
+        raises."""
+        sequence = await self._store_end(key, check, erased=erased)
         if sequence is None:
             return
         # twice: with several copies a purge in flight lets an old expectation pass
-        for _ in range(2 if sequence > 1 else 0):
+        for _ in range(2 if sequence > 1 and not erased else 0):
+            check()
             await self._history.purge(self._names.stream_in, self.subject(key), up_to=sequence - 1)
-        await self._delete(key)
+        await self._delete(key, check)
 
-    async def end(self, key: PersonKey, *, erased: bool = False) -> int | None:
-        """Ends a person's time: an entry behind which the server takes nothing of it. Returns its sequence; None: a
-        later time has begun. May be repeated. Raises Temporary, BusRefused."""
+    async def _store_end(self, key: PersonKey, check: Callable[[], None], *, erased: bool) -> int | None:
+        """Returns the sequence of the end; None: a later time has begun."""
         subject = self.subject(key)
         while True:
             stored = await self._history.read_last(self._names.stream_in, subject)
@@ -169,20 +180,21 @@ class Persons:
                 return None
             if about.ended and about.since == key.since and (about.erased or not erased):
                 return last
-            payload = encode_end(key.since, erased=erased)
+            message = BusMessage("in", subject, encode_end(key.since, erased=erased), {H_EXPECTED: str(last)}, check)
             try:
-                ack = await self._bus.store(BusMessage("in", subject, payload, {H_EXPECTED: str(last)}))
+                ack = await self._bus.store(message)
             except Conflict:
                 continue  # somebody has stored an entry meanwhile, or the acknowledgement was lost
             return ack.seq
 
-    async def _delete(self, key: PersonKey) -> None:
+    async def _delete(self, key: PersonKey, check: Callable[[], None]) -> None:
         """Deletes the record of the time, and leaves a marker also where there was none, which refuses the late write
         of a former owner."""
         while True:
             entry = await self._bucket.get(key.key)
             if entry is not None and entry.value is not None and clear_of(entry.value).since > key.since:
                 return
+            check()
             try:
                 await self._bucket.delete(key.key, entry.revision if entry else 0, ttl_s=self._gone_s)
                 return

@@ -12,8 +12,9 @@ an answer as delivered that nobody reads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ import structlog
 from adapter.bindings.registry import mark_login, publish_login_event
 from adapter.bridge.handover import say_polled
 from adapter.bridge.parts import Parts
-from adapter.bridge.person import OVER, Person
+from adapter.bridge.person import Person
 from adapter.bridge.receive import Receiver
 from adapter.bridge.sessions import BotSession
 from adapter.contract.records import Binding
@@ -166,6 +167,8 @@ class BotPoller:
         """A pause is to end: `_wish` has changed."""
         self._waiting: asyncio.Task[Any] | None = None
         """This poller's task while a poll is out that `_end_poll` may cut."""
+        self._binding: Binding | None = None
+        """The last one; an unbind deletes it before the poller ends."""
         self._is_announced = False
         """iLink has confirmed that the bot is polled."""
         self._pace = _Pace()
@@ -238,11 +241,12 @@ class BotPoller:
     async def _serve(self) -> None:
         """One poll after the other. The one place where they fail."""
         parts, pace = self._parts, self._pace
-        while not self.stopping() and parts.bindings.serving(self.bot) is not None:
+        while not self.stopping() and parts.bindings.get(self.bot) is not None:
             retry_after_s = None
             try:
                 while (binding := await self._prepare()) is not None and self.person is not None:
-                    await self._poll_once(binding, self.person)
+                    with self._turn():
+                        await self._poll_once(binding, self.person)
                 return
             except LeaseLost as exc:
                 log.info("poller.fenced", bot=self.bot, reason=exc.reason)
@@ -269,7 +273,7 @@ class BotPoller:
         """Does all that comes before a poll, and returns the binding to poll with; None: the poller must stop, or the
         bot is not bound. Raises LeaseLost, Refused, Temporary."""
         parts = self._parts
-        serving = parts.bindings.serving(self.bot)
+        serving = parts.bindings.get(self.bot)
         person = self.person
         if person is None or person.tenure.is_over or (serving is not None and serving.key != person.key):
             if (person := await self._take_bot()) is None:
@@ -311,7 +315,7 @@ class BotPoller:
         Temporary, LeaseLost, Refused."""
         parts = self._parts
         await self._tell_polled()  # a poll of before may have been out
-        while not self.stopping() and (binding := parts.bindings.serving(self.bot)) is not None:
+        while not self.stopping() and (binding := parts.bindings.get(self.bot)) is not None:
             parts.sessions.account(binding)  # who cannot open the bot's token does not poll
             self._enter(State.WAITING, self.shown.why)
             if (person := await self._open_person(binding)) is None:
@@ -364,12 +368,14 @@ class BotPoller:
                 await parts.ticks.wait_tick()
                 self.unanswered_since = clock.monotonic()
                 continue
-            binding, refusal = bindings.serving(self.bot), self._refusal
+            binding, refusal = bindings.get(self.bot), self._refusal
             if binding is None or binding.key != person.key:
                 return binding
-            if person.status in OVER:  # until the unbind is applied, or given up
-                self._enter(State.PAUSED, "The end of the person's time is stored.")
-                await self._wait_until(bindings.changed, self._is_rebound(binding))
+            self._binding = binding
+            if person.gone:  # until the unbind is applied, or given up
+                self._enter(State.PAUSED, "The person is being unbound.")
+                await self._wait_until(bindings.changed, self._is_back(person, binding))
+                self._end_cut()
                 continue
             if binding.event_pending:
                 words = refusal.words if refusal is not None else ""
@@ -400,8 +406,8 @@ class BotPoller:
     async def _poll_once(self, binding: Binding, person: Person) -> None:
         """One long poll, and what its answer asks for. Raises LeaseLost, Refused, Temporary."""
         pace, began = self._pace, self._parts.clock.monotonic()
-        if binding.key != person.key:
-            return  # the bot serves another person: `_prepare` takes them
+        if binding.key != person.key or person.gone:
+            return  # the bot serves another person, whom `_prepare` takes, or nobody
         if not pace.has_failed:  # only what comes before a poll
             pace.failures = 0
         pace.has_failed = True  # until all of it is done
@@ -464,6 +470,16 @@ class BotPoller:
             await self._pause(0.25 + parts.clock.jitter(0.25))
         if not (self._is_announced or polled.messages or self.stopping()):
             await self._notify(start=True)  # one client had its sends refused until iLink knew of the bot
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """From before a poll until what it has brought is stored and published: an unbind waits for its end."""
+        self.session.is_polling = True
+        try:
+            yield
+        finally:
+            self.session.is_polling = False
+            self._parts.sessions.changed.notify_all()
 
     def _cursor_of(self, person: Person, binding: Binding) -> str:
         """iLink's newest cursor; that of the bind as long as neither entry nor record has one."""
@@ -577,7 +593,7 @@ class BotPoller:
         parts, person = self._parts, self.person
         await self._tell_polled()
         is_last = person is not None and person.tenure.is_over and not parts.presence.counting()
-        if person is not None and (is_last or parts.bindings.serving(self.bot) is None):
+        if person is not None and (is_last or parts.bindings.get(self.bot) is None):
             await self._notify(start=False)  # otherwise the next owner has already told iLink that it polls
 
     async def _tell_polled(self) -> None:
@@ -589,7 +605,7 @@ class BotPoller:
 
     async def _notify(self, *, start: bool, even_stale: bool = False) -> None:
         """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
-        parts, binding = self._parts, self._parts.bindings.get(self.bot)
+        parts, binding = self._parts, self._parts.bindings.get(self.bot) or self._binding
         if binding is None or not (even_stale or binding.state == "active"):
             return
         try:
@@ -617,6 +633,11 @@ class BotPoller:
     def _is_rebound(self, binding: Binding) -> Callable[[], bool]:
         """A condition: the bot's binding differs from `binding`."""
         return lambda: self._parts.bindings.get(binding.bot) != binding
+
+    def _is_back(self, person: Person, binding: Binding) -> Callable[[], bool]:
+        """A condition: the person goes on, or the bot's binding differs."""
+        is_rebound = self._is_rebound(binding)
+        return lambda: not person.gone or is_rebound()
 
     async def _pause(self, seconds: float) -> None:
         """Waits, unless `cancel_poll` was called."""

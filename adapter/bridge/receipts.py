@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from adapter.bridge.record import CommandRef
-from adapter.bridge.sending import CommandResult, QueuedCommand
+from adapter.bridge.sending import CONTROL, CommandResult, QueuedCommand
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
@@ -75,7 +75,8 @@ class Receipts:
         check: Callable[[], None],
         shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
     ) -> None:
-        """Publishes the receipt of a command, and before that the dead letter if it is one, and counts it. `check`
+        """Publishes the receipt of a command, bind, unbind or erase, and before that the dead letter if it is one,
+        and counts it. `check`
         raises LeaseLost unless this replica may end the command. Raises Temporary, LeaseLost; StaleRead if a command
         is parked that has ended."""
         ref = command.ref
@@ -103,12 +104,13 @@ class Receipts:
             reply_to=command.reply_to,
             expected=command.receipt,
             ensure_owner=ensure_owner,
+            verb=command.verb,
         )
         if result.outcome == "parked":
             return
         outcome = "duplicate" if result.repeat_of else result.outcome
         self._metrics.outbound_messages.child(command.kind, outcome, result.reason or "none").inc()
-        if not command.parked:
+        if not command.parked and command.verb == "receipt":
             failed = result.outcome in ("dead_lettered", "uncertain")
             took_s = max(0, self._clock.now_ms() - ref.stored_ms) / 1000
             self._metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
@@ -119,13 +121,17 @@ class Receipts:
         names, delivery = self._names, command.delivery
         async with self._dead_letters:
             data, headers = delivery.data, delivery.headers
-            if not data and (stored := await self._history.get(names.stream_out, command.sequence)):
+            subject = names.out_plain if delivery.subject == names.out_plain else names.out(address.sandbox)
+            if command.kind in CONTROL:
+                subject = names.said(command.kind, address.sandbox)
+            if command.kind in ("bind", "erase"):  # it has a token, or names whom to forget
+                data, headers = b"", {}
+            elif not data and (stored := await self._history.get(names.stream_out, command.sequence)):
                 data, headers = stored.data, stored.headers
-            is_plain = delivery.subject == names.out_plain
             await self._events.publish_dead_letter(
                 "OUT",
                 data,
-                subject=names.out_plain if is_plain else names.out(address.sandbox),
+                subject=subject,
                 headers=headers | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
                 reason=result.reason,
                 detail=result.detail,
@@ -145,24 +151,26 @@ class Receipts:
         reply_to: str = "",
         expected: int = 0,
         ensure_owner: Callable[[], None] | None = None,
+        verb: str = "receipt",
     ) -> int:
         """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that the
-        command answers.
+        command answers; `verb`: as in `Names.receipt`.
 
         `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in BusMessage. Raises Temporary,
         StaleRead (see `tell`), and what `ensure_owner` raises.
         """
         receipt = _receipt(ref, result, address, shown, reply_to, self._clock.now_ms())
+        subject = self._subject(address.sandbox, ref, verb)
         while True:
             try:
                 sequence = await self._events.publish_receipt(
-                    receipt, traceparent=traceparent, expected=expected, ensure_owner=ensure_owner
+                    receipt, subject, traceparent=traceparent, expected=expected, ensure_owner=ensure_owner
                 )
                 if random.random() * PURGE_EVERY < 1:
                     await self._purge(address.sandbox)
                 return sequence
             except Conflict:
-                last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref))
+                last = await self._history.read_last(self._names.stream_event, subject)
             stored = _read(last)
             if last and stored and _is_of(stored, ref) and (is_final(stored) or not is_final(receipt)):
                 if is_final(stored) and not is_final(receipt):
@@ -177,11 +185,13 @@ class Receipts:
         except (Temporary, BusRefused) as exc:
             log.warning("receipts.not_purged", sandbox=sandbox, reason=exc.reason)
 
-    async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[CommandRef, StoredReceipt]:
+    async def find(
+        self, sandbox: str, refs: Iterable[CommandRef], verb: str = "receipt"
+    ) -> dict[CommandRef, StoredReceipt]:
         """The newest receipts of these commands. Raises Temporary."""
         refs = list(refs)
         found: dict[CommandRef, StoredReceipt] = {}
-        lasts = await asyncio.gather(*(self._lasts.get(self._subject(sandbox, ref)) for ref in refs))
+        lasts = await asyncio.gather(*(self._lasts.get(self._subject(sandbox, ref, verb)) for ref in refs))
         for ref, last in zip(refs, lasts, strict=True):
             receipt = _read(last)
             if last is not None and receipt is not None and _is_of(receipt, ref):
@@ -192,13 +202,19 @@ class Receipts:
         lasts = await self._history.read_last_of_each(self._names.stream_event, subjects)
         return {last.subject: last for last in lasts}
 
-    async def last(self, sandbox: str, command: str, sequence: int | None) -> Receipt | None:
+    async def last(self, sandbox: str, command: str, sequence: int | None, verb: str = "receipt") -> Receipt | None:
         """The newest receipt of a command; without its sequence, of any command with this id. Raises Temporary."""
-        subject = self._names.receipt(sandbox, command, sequence)
+        subject = self._names.receipt(sandbox, command, sequence, verb)
         return _read(await self._history.read_last(self._names.stream_event, subject))
 
-    def _subject(self, sandbox: str, ref: CommandRef) -> str:
-        return self._names.receipt(sandbox, ref.id, ref.sequence)
+    async def of_erase(self, ref: CommandRef) -> list[Receipt]:
+        """The receipts of the erases in single sandboxes that one for all sandboxes has made. Raises Temporary."""
+        found = self._history.read(self._names.stream_event, self._subject("*", ref, "erase"))
+        receipts = [_read(stored) async for stored in found]
+        return [each for each in receipts if each is not None and _is_of(each, ref)]
+
+    def _subject(self, sandbox: str, ref: CommandRef, verb: str) -> str:
+        return self._names.receipt(sandbox, ref.id, ref.sequence, verb)
 
 
 def result_of(receipt: Receipt) -> CommandResult:
@@ -211,7 +227,7 @@ def _receipt(
 ) -> Receipt:
     told = msgspec.structs.asdict(result)  # its fields have the same names in a receipt
     told["detail"] = result.detail or _ADVICE.get(result.reason, "")
-    told["message_ids"] = list(result.message_ids)
+    told["message_ids"], told["bots"] = list(result.message_ids), list(result.bots)
     return Receipt(
         command=ref.id,
         sequence=ref.sequence,

@@ -29,7 +29,7 @@ from adapter.bridge.entries import Entry, OpenedWindow, Secrets, clear_of, encod
 from adapter.bridge.handover import say_polled
 from adapter.bridge.media import name_media
 from adapter.bridge.parts import Parts
-from adapter.bridge.person import OVER, AnswerState, Person, Status
+from adapter.bridge.person import AnswerState, Person
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.window import InboundReceived
 from adapter.content.dedup import DedupWindow
@@ -269,19 +269,19 @@ class Receiver:
         """Raises PersonGone if the person's time is over, as far as is known here; who does not own the person asks
         the bucket."""
         bindings, binding = self._parts.bindings, self._binding
-        key, status = self._person.key, self._person.status
-        if status in OVER:
-            raise PersonGone("erased" if status is Status.ERASED else "not_bound", GONE)
-        now = bindings.serving(binding.bot)
+        person, key = self._person, self._person.key
+        if person.gone:
+            raise PersonGone(person.gone, GONE)
+        now = bindings.get(binding.bot)
         if not (is_owner := self._is_owner()):
             log.warning("inbound.fenced", bot=self._bot, sandbox=key.sandbox)
         if now is None or not is_owner:  # the bus may have one that is not known here yet
             await bindings.refresh(binding.bot)
-            now = bindings.serving(binding.bot)
+            now = bindings.get(binding.bot)
         if now is None or (now.sandbox, now.since) != (key.sandbox, key.since):
             with contextlib.suppress(RecordTooNew, Refused):  # it cannot be read here, and says nothing
                 await self._person.read_newest()
-            if self._person.status is Status.ERASED:
+            if self._person.gone == "erased":
                 raise PersonGone("erased", GONE)
             raise PersonGone("not_bound", f"The bot {binding.bot} was not bound when the message arrived.")
 
@@ -354,7 +354,7 @@ class Receiver:
             if entry.nonce == self._nonce:
                 return stored.seq  # what others have stored behind it refuses the next write
             person.take_entry(found)
-            if person.status in OVER or entry.since != person.key.since:
+            if person.gone or entry.since != person.key.since:
                 raise PersonGone("erased" if entry.erased else "not_bound", GONE)
         return None
 

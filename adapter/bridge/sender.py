@@ -215,6 +215,13 @@ class Sender:
         """A request is out, or what follows from its answer is being stored."""
         return self._task is not None and self.phase is not Phase.WAITING
 
+    async def wait_idle(self) -> None:
+        """Returns when nothing is in its hands. Raises LeaseLost if it has stopped before."""
+        while not self.is_idle:
+            if self._task is None:
+                raise LeaseLost("lease_lost", self._person.key.sandbox)
+            await asyncio.wait([self._task])
+
     def stop(self, *, at_once: bool) -> None:
         """Ends, `at_once` where the partition is another replica's, else behind a request under way."""
         self._is_leaving = True
@@ -276,7 +283,7 @@ class Sender:
         except (RecordTooNew, Refused):
             now_ms, result = self._parts.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
             over = [command for command in self.queue if command.expires_ms <= now_ms]
-            if self._person.bot is None and self._parts.bindings.is_current:
+            if self._person.bot is None:
                 over, result = self.queue, CommandResult("refused", "not_bound", sending.UNSERVED)
             if not over:
                 left_s = [(each.expires_ms - now_ms) / 1000 for each in self.queue]
@@ -307,9 +314,6 @@ class Sender:
             await self._end_expired(now_ms)
         elif not head.is_checked:
             await self._look_up(queue[:MAX_TOGETHER])
-        elif person.bot is None and not (bindings := parts.bindings).is_current:
-            await bindings.changed.wait_until(lambda: bindings.is_current)
-            person.check_binding()
         elif person.bot is None:
             result = CommandResult("refused", "not_bound", sending.UNSERVED)
             await self._end([(command, result) for command in queue[:MAX_TOGETHER]])

@@ -17,7 +17,7 @@ as refused. Nothing here has a clock or does I/O.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -36,7 +36,7 @@ from adapter.bridge.record import (
 from adapter.bridge.texts import closing_fence
 from adapter.bridge.window import WindowPolicy
 from adapter.content.quotes import placeholder_summary
-from adapter.contract.messages import Outcome
+from adapter.contract.messages import Bind, Erase, Outcome, Unbind
 from adapter.contract.names import author_traceparent
 from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
 from adapter.ports import Accepted, Account, Content, Delivery
@@ -52,6 +52,8 @@ AFTER_UNCERTAIN_S = (60.0, 3600.0)
 """Pause of a user after an `uncertain`, which doubles with each further one, and the longest one."""
 MERGED_AT_ONCE = 32
 """Most texts in one merged message."""
+CONTROL = ("bind", "unbind", "erase")
+"""What the owner of a sandbox applies, in order among its commands."""
 EXPIRED = "It was not sent in time."
 UNSERVED = "No bot of the sandbox serves this user, or not any more."
 
@@ -89,6 +91,10 @@ class CommandResult(msgspec.Struct, frozen=True):
     errmsg: str = ""
     repeat_of: int = 0
     http_status: int = 0
+    bots: tuple[str, ...] = ()
+    counts: Mapping[str, int] = {}
+    left: Mapping[str, int] = {}
+    unlearned: int = 0
 
     @property
     def is_sent(self) -> bool:
@@ -102,7 +108,7 @@ class CommandResult(msgspec.Struct, frozen=True):
 
 
 class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
-    """A command in flight: delivered, and without a final receipt."""
+    """A command in flight: delivered, and without a final receipt. A bind, unbind or erase is one, too."""
 
     sequence: int
     """Its own in the stream: counts for the order, the acknowledgement, and to read it again."""
@@ -114,8 +120,10 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     """As its author names it."""
     user: str = ""
     """As its author names them."""
-    kind: Literal["text", "media", "typing", "unreadable"] = "unreadable"
+    kind: Literal["text", "media", "typing", "unreadable", "bind", "unbind", "erase"] = "unreadable"
     """Metrics label; unreadable for a message that is no command."""
+    control: Bind | Unbind | Erase | None = None
+    """What is to be applied; None: it is a command to send."""
     parts: list[Part] | None = None
     """One request each; None: the body is only on the bus."""
     part_count: int = 0
@@ -143,6 +151,11 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     def __repr__(self) -> str:
         return f"QueuedCommand({self.sequence})"  # no text gets into a log or traceback
 
+    @property
+    def verb(self) -> str:
+        """The word in the subject of its receipts."""
+        return self.kind if self.kind in CONTROL else "receipt"
+
 
 def unread(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
     """A command before its body is read. `ref`: its identity, whose `id` the body may name."""
@@ -159,6 +172,11 @@ def unread(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
 def unreadable_result(exc: Refused | Unreadable) -> CommandResult:
     """How a command ends that cannot be read, or is for nobody."""
     return CommandResult("refused" if isinstance(exc, Refused) else "dead_lettered", exc.reason, exc.detail)
+
+
+def crashed_result(exc: Exception) -> CommandResult:
+    """How a command ends at which the code raises."""
+    return CommandResult("dead_lettered", "crashed", type(exc).__name__)
 
 
 # before a request -------------------------------------------------------------------------------------

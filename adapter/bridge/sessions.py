@@ -29,11 +29,13 @@ POLLED_WITHIN_S = 90.0
 class BotSession:
     """What the poller of a bot on this replica tells the persons whom the bot serves."""
 
-    __slots__ = ("is_stale", "is_taken", "poll_now", "polled_at", "restarted_at")
+    __slots__ = ("is_polling", "is_stale", "is_taken", "poll_now", "polled_at", "restarted_at")
 
     def __init__(self) -> None:
         self.poll_now: Callable[[], None] | None = None
         """Ends the bot's long poll, so that the next one tests the token; None: the poller does not run."""
+        self.is_polling = False
+        """A poll is out, or what it has brought is being stored and published."""
         self.is_taken = False
         """This replica has taken the bot, and read what its former owners published."""
         self.is_stale = False
@@ -101,11 +103,18 @@ class BotSessions:
         session = self.polled.get(bot)
         return session is not None and session.is_taken
 
+    async def end_poll(self, bot: str) -> None:
+        """Cuts the bot's poll, and returns when what it has brought is stored, or a dead letter."""
+        session = self.polled.get(bot)
+        if session is not None and session.is_polling and session.poll_now is not None:
+            session.poll_now()
+            await self.changed.wait_until(lambda: not session.is_polling)
+
     async def is_alive(self, bot: str) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
         (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
         starts the recovery if it is refused. An earlier poll is no proof."""
-        binding = self._bindings.serving(bot)
+        binding = self._bindings.get(bot)
         if binding is None or self._is_dead(bot):
             return False
         try:
@@ -129,7 +138,7 @@ class BotSessions:
         return is_polled() and not self._is_dead(bot)
 
     def _is_dead(self, bot: str) -> bool:
-        binding = self._bindings.serving(bot)
+        binding = self._bindings.get(bot)
         return binding is None or binding.state == "needs_login" or self.is_recovering(bot)
 
     def restart_soon(self, bot: str) -> None:
@@ -139,7 +148,7 @@ class BotSessions:
     async def restart(self, bot: str) -> None:
         """Announces the bot by `notifystart`, at most once a minute: iLink may refuse the sends of a degraded session
         until then (docs/reference/ilink-protocol.md, "Refused sends"). Best effort."""
-        session, binding, now = self.polled.get(bot), self._bindings.serving(bot), self._clock.monotonic()
+        session, binding, now = self.polled.get(bot), self._bindings.get(bot), self._clock.monotonic()
         if session is None or binding is None or now - session.restarted_at < RESTART_EVERY_S:
             return
         session.restarted_at = now

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import getpass
 import sys
@@ -18,7 +17,7 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import AutoTyping, Json, RequestId, Sandbox, Timeout, flag, new_id
+from adapter.cli.options import AutoTyping, Json, ReceiptId, Sandbox, Timeout, flag, new_id
 from adapter.cli.output import read_text
 from adapter.contract.messages import (
     BOT_STATUSES,
@@ -29,9 +28,9 @@ from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
     BotStatus,
-    ControlAnswer,
     Erase,
     Options,
+    Receipt,
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
@@ -41,7 +40,6 @@ from adapter.logins.flow import check_token
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 
-COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "since", "last poll", "user wrote", "window", "why")
 TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "stale", "paused")
 UNREASONED = "The adapter refused without a reason."
@@ -55,7 +53,7 @@ STYLES = {
     "too_new": "red",
 }
 BIND_S = 30.0
-"""For the answer to a bind: another sandbox may have to release the bot."""
+"""For the answer: a request to iLink that is out ends before its person is unbound."""
 
 
 async def bind(
@@ -75,13 +73,10 @@ async def bind(
         str | None, Parameter(metavar="URL", help="iLink API base of this bot; default: the service's.")
     ] = None,
     auto_typing: AutoTyping = False,
-    yes: Annotated[
-        bool, flag("Move a bot that serves another sandbox, without asking.", name=["--yes", "-y"])
-    ] = False,
     no_check: Annotated[
         bool, flag("Take ids as they are and do not ask iLink whether it takes the token: while iLink is away.")
     ] = False,
-    request_id: RequestId = None,
+    request_id: ReceiptId = None,
     timeout: Timeout = BIND_S,
     json: Json = False,
 ) -> int:
@@ -89,12 +84,12 @@ async def bind(
 
     The bot's token comes from a file, from standard input, or is asked for without echo. It is never an argument,
     since every user of a machine can read those.
-    The request is stored even while no adapter runs (exit code 4 then).
+    The request is stored even while no adapter runs (exit code 4 then). A bot that another sandbox or another user
+    has is refused: unbind it there first.
 
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
     """
     asked = Bind(
-        sandbox=sandbox,
         bot=bot,
         bot_token=_read_token(token, token_file),
         id=request_id or new_id(),
@@ -105,54 +100,50 @@ async def bind(
     )
     async with connected_bus() as bus:
         await bus.check_subscribed()
-        serves = sandbox if yes else (await _serving(bus, bot)).get(bot, sandbox)
-        if serves != sandbox and not output.confirm(f"{bot} serves {serves}: move it to {sandbox}?"):
-            raise Failed(NO, f"{bot} serves {serves}: give --yes to move it.")
         is_known = no_check or await _check_token(bus, asked)
-        answer = await request_control(bus, asked, timeout)
-    if answer.ok and not (is_known or json):
+        receipt = await request_control(bus, sandbox, asked, timeout)
+    if receipt.outcome == "applied" and not (is_known or json):
         output.complain("iLink gave no answer: whether it takes the token is not known.")
-    return _print_answer(answer, "bound", json)
+    return _print_receipt(receipt, json, done=f"{bot} serves {sandbox}.", former="replaced")
 
 
 async def unbind(
     sandbox: Sandbox,
-    bot: Annotated[str | None, Parameter(help="Bot to unbind; default: every bot of the sandbox.")] = None,
+    bot: Annotated[str | None, Parameter(help="Bot to unbind.")] = None,
     /,
     *,
-    request_id: RequestId = None,
+    every: Annotated[bool, flag("Instead of a bot: all of the sandbox.", name="--all")] = False,
+    request_id: ReceiptId = None,
     timeout: Timeout = BIND_S,
     json: Json = False,
 ) -> int:
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
-    Where nobody stays bound, the sandbox's inbox is deleted, so that the next person's agent reads nothing of the
-    former one. Commands that wait for the person are refused.
+    What a person has written is deleted with them, so that the next person's agent reads nothing of the former one.
+    Commands that wait for the person are refused.
     """
+    if every == (bot is not None):
+        raise Failed(USAGE, "Name the bot to unbind, or give --all.")
     async with connected_bus() as bus:
         await bus.check_subscribed()
-        answer = await request_control(bus, Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id()), timeout)
-    return _print_answer(answer, "unbound", json)
+        asked = Unbind(bot=bot, all=every, id=request_id or new_id())
+        receipt = await request_control(bus, sandbox, asked, timeout)
+    done = "Unbound." if receipt.bots else "Nothing was bound."
+    return _print_receipt(receipt, json, done=done, former="unbound")
 
 
-def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
-    """Returns the exit code."""
+def _print_receipt(receipt: Receipt, json: bool, *, done: str, former: str) -> int:
+    """`former`: what became of the bots in it. Returns the exit code."""
+    is_applied = receipt.outcome == "applied"
     if json:
-        output.json_line(answer)
-    elif not answer.ok:
-        output.complain(answer.error or UNREASONED)
+        output.json_line(receipt)
+    elif not is_applied:
+        output.complain(receipt.detail or UNREASONED)
     else:
-        rows = [
-            (b.sandbox, b.bot, b.user or "-", b.state, output.clock(b.since_ms), b.reason) for b in answer.bindings
-        ]
-        output.table(COLUMNS, rows, styles=STYLES, empty="Nothing was bound.")
-        for bot in answer.replaced:
-            output.say(f"replaced  {output.printable(bot)}")
-        if answer.moved_from:
-            output.say(f"moved     from {answer.moved_from}")
-        if answer.bindings:
-            output.say(f"{done}.")
-    return OK if answer.ok else NO
+        for bot in receipt.bots:
+            output.say(f"{former}  {output.printable(bot)}")
+        output.say(output.printable(done))
+    return OK if is_applied else NO
 
 
 async def _check_token(bus: BusConnection, asked: Bind) -> bool:
@@ -170,16 +161,6 @@ async def _check_token(bus: BusConnection, asked: Bind) -> bool:
         raise Failed(NO, exc.detail) from None
     finally:
         await ilink.close()
-
-
-async def _serving(bus: BusConnection, bot: str) -> dict[str, str]:
-    """The sandbox that a bot serves; nothing while no adapter runs. Raises Failed."""
-    try:
-        return {info.bot: info.sandbox for info in await all_bindings(bus, bot=bot)}
-    except Failed as exc:
-        if exc.code != UNREACHABLE:
-            raise
-        return {}
 
 
 async def bindings(
@@ -268,25 +249,22 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     return text.strip()
 
 
-async def request_control(bus: BusConnection, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
-    """Stores a command and waits for the adapter's answer. Raises Failed."""
+async def request_control(
+    bus: BusConnection, sandbox: str, asked: Bind | Unbind | Erase, timeout_s: float
+) -> Receipt:
+    """Stores a bind, unbind or erase, and waits for its final receipt. Raises Failed."""
     inbox = bus.nc.new_inbox()
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
-    subject = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}[type(asked)]
+    subject = bus.names.said(type(asked).__name__.lower(), sandbox)
     answers = await bus.nc.subscribe(inbox)
     ack = await bus.store(subject, msgspec.json.encode(asked), headers)
-    said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
     try:
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)
-        async with asyncio.timeout(timeout_s):
-            while True:
-                answer = decode_answer((await answers.next_msg(timeout=None)).data, ControlAnswer)
-                if not answer.pending:
-                    return answer
-                said = answer.error
+        return decode_answer((await answers.next_msg(timeout=timeout_s)).data, Receipt)
     except TimeoutError:
+        said = f"Stored; there was no receipt in {timeout_s:g} s. It takes effect when an adapter runs."
         raise Failed(TIMEOUT, said) from None
     except NatsError:
         raise Failed(UNREACHABLE, f"Stored; {BROKE}") from None

@@ -39,6 +39,7 @@ RequestId = Annotated[
         name="--id", metavar="ID", help="Idempotency key: the same id again has no second effect. Default: a new one."
     ),
 ]
+ReceiptId = Annotated[str | None, Parameter(name="--id", metavar="ID", help="Id in the receipt. Default: a new one.")]
 
 
 def new_id() -> str:

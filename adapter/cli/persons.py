@@ -8,16 +8,17 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
+from adapter.bridge.erasure import Found, PersonSearch
 from adapter.cli import output
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, USAGE, Failed
-from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
+from adapter.cli.options import Json, MaybeSandbox, ReceiptId, flag, new_id
 from adapter.cli.stored import readable_body
-from adapter.contract.messages import ControlAnswer, Erase
+from adapter.contract.messages import Erase, Receipt
+from adapter.contract.names import UNROUTED
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import UNDECODABLE
-from adapter.services.erasure import Found, PersonSearch
 
 User = Annotated[str, Parameter(metavar="USER", help="The WeChat user, …@im.wechat.")]
 ERASE_S = 600.0
@@ -29,7 +30,7 @@ async def erase(
     sandbox: MaybeSandbox = None,
     dry_run: Annotated[bool, flag("Only count what there is: nobody is unbound, and nothing erased.")] = False,
     yes: Annotated[bool, flag("Erase without asking.")] = False,
-    request_id: RequestId = None,
+    request_id: ReceiptId = None,
     timeout: Annotated[float, Parameter(metavar="SECONDS", help="Seconds to wait for the outcome.")] = ERASE_S,
     json: Json = False,
 ) -> int:
@@ -42,37 +43,37 @@ async def erase(
     asks = not (yes or dry_run)
     if asks and not output.can_confirm():
         raise Failed(USAGE, "Nobody can be asked here: give --yes to erase, or --dry-run to count.")
-    asked = Erase(user=user, sandbox=sandbox, id=request_id or new_id(), dry_run=dry_run)
+    asked, where = Erase(user=user, id=request_id or new_id(), dry_run=dry_run), sandbox or UNROUTED
     async with connected_bus() as bus:
         await bus.check_subscribed()
         if asks:
-            found = await request_control(bus, msgspec.structs.replace(asked, id=new_id(), dry_run=True), timeout)
+            counting = msgspec.structs.replace(asked, id=new_id(), dry_run=True)
+            found = await request_control(bus, where, counting, timeout)
             code = _print(found, json)
-            if not found.ok or not found.counts:
+            if code != OK or not found.counts:
                 return code
             if not output.confirm(f"Erase all this of {user}{f' in {sandbox}' if sandbox else ''}?"):
                 raise Failed(NO, "Nothing was erased.")
-        return _print(await request_control(bus, asked, timeout), json)
+        return _print(await request_control(bus, where, asked, timeout), json)
 
 
-def _print(answer: ControlAnswer, json: bool) -> int:
+def _print(receipt: Receipt, json: bool) -> int:
     """Returns the exit code."""
+    is_applied = receipt.outcome == "applied"
     if json:
-        output.json_line(answer)
-    else:
-        kinds = sorted(answer.counts.keys() | answer.left.keys())
-        rows = [(kind, answer.counts.get(kind, 0), answer.left.get(kind, 0)) for kind in kinds]
+        output.json_line(receipt)
+    elif is_applied:
+        kinds = sorted(receipt.counts.keys() | receipt.left.keys())
+        rows = [(kind, receipt.counts.get(kind, 0), receipt.left.get(kind, 0)) for kind in kinds]
         output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
-        for info in answer.bindings:
-            output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))
-        if answer.unlearned:
+        if receipt.unlearned:
             output.say(
-                f"{answer.unlearned} bots there have no known user, as nobody has written to them yet. If this person"
-                " has scanned one of them, unbind it; `wechat-nats bindings` shows them without a user."
+                f"{receipt.unlearned} bots there have no known user, as nobody has written to them yet. If this"
+                " person has scanned one of them, unbind it; `wechat-nats bindings` shows them without a user."
             )
-    if answer.error and not json:
-        output.complain(answer.error)
-    return OK if answer.ok else NO
+    if receipt.detail and not json:
+        output.complain(receipt.detail)
+    return OK if is_applied and not receipt.left else NO
 
 
 async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:

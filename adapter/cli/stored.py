@@ -14,7 +14,7 @@ from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.contract.names import H_MSG_ID, Names
+from adapter.contract.names import H_MSG_ID
 from adapter.errors import UNDECODABLE, RecordTooNew, Refused
 from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
@@ -91,7 +91,8 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
 async def retry(*seqs: Seqs) -> int:
     """Publish dead commands again, under a new message id, and delete them here.
 
-    For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
+    For commands and unbinds. Inbound dead letters cannot be retried: the user has to write again. Nor can a bind or
+    an erase, of which nothing but the reason is kept.
     """
 
     async def retry_one(bus: BusConnection, seq: int) -> bool:
@@ -156,16 +157,16 @@ def readable_body(bus: BusConnection, stored: StoredMessage) -> str:
         return f"(withheld: {exc.detail})"
     except (RecordTooNew, *UNDECODABLE):
         return "(withheld: a newer version wrote it, or it is damaged)"
-    return mask_secrets(names, stored.subject, data)
+    return mask_secrets(data)
 
 
-def mask_secrets(names: Names, subject: str, data: bytes) -> str:
+def mask_secrets(data: bytes) -> str:
     """The body of a message with its secrets masked. A body that cannot be read, and names one, is withheld."""
     try:
         return msgspec.json.encode(_mask_value(msgspec.json.decode(data))).decode()
     except UNDECODABLE:
         text = data.decode(errors="backslashreplace")
-    if subject.endswith(f".{names.stream_ctl}") or _SECRET_NAME.search(text):
+    if _SECRET_NAME.search(text):
         return "(withheld: it cannot be read, and may hold a token)"
     return text
 

@@ -233,16 +233,19 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
 
 
-Outcome: TypeAlias = Literal["accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered", "parked"]
-FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "refused", "uncertain", "dead_lettered")
+Outcome: TypeAlias = Literal[
+    "accepted", "accepted_unconfirmed", "applied", "refused", "uncertain", "dead_lettered", "parked"
+]
+FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "applied", "refused", "uncertain", "dead_lettered")
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The result of a command. Each command gets exactly one final receipt; `parked` is not final.
+    """The result of a command, bind, unbind or erase. Each gets exactly one final receipt; `parked` is not final.
 
-    Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>. `<command>` is the command's id: letters, digits,
-    `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is `==`
-    and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
+    Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>; of a bind, unbind or erase that word stands for
+    `receipt`, and the header Reply-To gets it, too, if it names an inbox. `<command>` is the command's id: letters,
+    digits, `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is
+    `==` and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
     """
 
     command: Annotated[str, Meta(description="The command's id.")]
@@ -263,7 +266,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Outcome,
         Meta(
             description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id;"
-            " WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an"
+            " WeChat often drops it, and it is never resent. applied: the bind, unbind or erase is done. refused:"
+            " will not be sent, or was not applied. uncertain: sent without an"
             " answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on"
             " it; see WECHAT_DEAD. parked (not final): waits for the user or the login."
         ),
@@ -272,7 +276,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login,"
-            " too_long, expired, rejected, unreadable, too_large, crashed, media; empty when accepted."
+            " too_long, expired, rejected, unreadable, too_large, crashed, media; of a bind also bound_elsewhere,"
+            " url, token_key and too_new. Empty when accepted or applied."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""
@@ -295,6 +300,23 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         int, Meta(description="When the command was stored, on `wechat.out` or its sandbox's subject.")
     ] = 0
     at_ms: Annotated[int, Meta(description="When this receipt was created.")] = 0
+    bots: Annotated[
+        list[str],
+        Meta(description="Bots that serve nobody any more: replaced by the bind, or unbound. An erase names none."),
+    ] = []
+    counts: Annotated[
+        dict[str, int], Meta(description="erase: how many messages were found of each kind, and erased.")
+    ] = {}
+    left: Annotated[
+        dict[str, int], Meta(description="erase: how many are there all the same, so erase again; empty: none are.")
+    ] = {}
+    unlearned: Annotated[
+        int,
+        Meta(
+            description="erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by"
+            " them: unbind the one whose user this is."
+        ),
+    ] = 0
 
 
 # Bindings --------------------------------------------------------------------------------------------
@@ -309,13 +331,19 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     media: Annotated[bool, Meta(description="Download the user's media; false: messages only mention them.")] = True
 
 
-class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
+SandboxNamed = Annotated[SandboxId | None, Meta(description="If it is there, it is the subject's.")]
+ControlId = Annotated[
+    CommandId | None, Meta(description="Names it in its receipt. Default: the header Nats-Msg-Id, else its sequence.")
+]
 
-    sandbox: SandboxId
+
+class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bind a bot to a sandbox. Subject: wechat.bind.<sandbox>."""
+
+    sandbox: SandboxNamed = None
     bot: Annotated[str, Meta(min_length=1, max_length=128, description="iLink's bot id, …@im.bot.")]
     bot_token: Annotated[str, Meta(min_length=1, max_length=2048, description="Secret of the bot.")]
-    id: Annotated[CommandId | None, Meta(description="Request id. Default: the header Nats-Msg-Id.")] = None
+    id: ControlId = None
     base_url: Annotated[str | None, Meta(description="iLink API base of this bot. Default: the service's.")] = None
     user: (
         Annotated[str, Meta(max_length=128, description="The WeChat user, …@im.wechat; learned if absent.")] | None
@@ -342,19 +370,21 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Unbind a bot, or all bots of a sandbox. Subject: wechat.ctl.unbind."""
+    """Unbind a bot, or all bots of a sandbox. Subject: wechat.unbind.<sandbox>."""
 
-    sandbox: SandboxId
-    bot: Annotated[str, Meta(description="Default: all bots of the sandbox.")] | None = None
-    id: CommandId | None = None
+    sandbox: SandboxNamed = None
+    bot: Annotated[str, Meta(description="The bot; else `all` is true.")] | None = None
+    all: Annotated[bool, Meta(description="All bots of the sandbox.")] = False
+    id: ControlId = None
 
 
 class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Unbind a person, and erase everything of theirs. Subject: wechat.ctl.erase. It may be repeated."""
+    """Unbind a person, and erase everything of theirs. Subject: wechat.erase.<sandbox>, or wechat.erase._ for all
+    sandboxes. It may be repeated."""
 
     user: Annotated[str, Meta(min_length=1, max_length=128, description="The WeChat user, …@im.wechat.")]
-    sandbox: Annotated[SandboxId | None, Meta(description="Default: of all sandboxes.")] = None
-    id: CommandId | None = None
+    sandbox: SandboxNamed = None
+    id: ControlId = None
     dry_run: Annotated[bool, Meta(description="Only count what there is, and leave the person bound.")] = False
 
     def __repr__(self) -> str:
@@ -409,7 +439,7 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind."""
+    """A binding without its token: answer of wechat.svc.bindings.get and .list."""
 
     sandbox: str
     bot: str
@@ -422,40 +452,7 @@ class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     health: Annotated[BindingHealth | None, Meta(description="Only where the request asks for it.")] = None
 
 
-class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored."""
-
-    ok: bool
-    id: str = ""
-    bindings: Annotated[
-        list[BindingInfo], Meta(description="Current bindings (bind), or removed ones (unbind, erase).")
-    ] = []
-    replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
-    moved_from: Annotated[str, Meta(description="The sandbox that the bot has served until now, if another.")] = ""
-    counts: Annotated[
-        dict[str, int], Meta(description="erase: how many messages were found of each kind, and erased.")
-    ] = {}
-    left: Annotated[
-        dict[str, int], Meta(description="erase: how many are there all the same; empty: nothing is left.")
-    ] = {}
-    unlearned: Annotated[
-        int,
-        Meta(
-            description="erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by"
-            " them: unbind the one whose user this is."
-        ),
-    ] = 0
-    pending: Annotated[
-        bool,
-        Meta(
-            description="It is not done after a minute: a replica or NATS is away, or there is much to erase. The"
-            " work goes on; another answer and the event follow."
-        ),
-    ] = False
-    error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
-
-
-BindingChange: TypeAlias = Literal["bound", "replaced", "unbound", "refused", "stale", "recovered", "needs_login"]
+BindingChange: TypeAlias = Literal["bound", "replaced", "unbound", "stale", "recovered", "needs_login"]
 
 
 class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -466,8 +463,7 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     change: Annotated[
         BindingChange,
         Meta(
-            description="replaced: another bot of the same user took its place. refused: a bind was refused, or"
-            " (reason stranger) the user whom iLink names for the bot, as another bot of the sandbox serves them."
+            description="replaced: another bot of the same user took its place."
             " stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed;"
             " scan a new QR code. recovered: iLink accepts the token again, also after needs_login."
         ),
@@ -475,23 +471,10 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     user: str = ""
     reason: Annotated[
         str,
-        Meta(
-            description="refused: a word for the cause. unbound: moved, if the bot went to another sandbox. stale and"
-            " needs_login: iLink's error text, if any."
-        ),
+        Meta(description="stale and needs_login: iLink's error text, if any."),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
-    at_ms: int = 0
-
-
-class ErasedEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A person was erased in a sandbox. Subject: wechat.event.<sandbox>.erased."""
-
-    sandbox: str
-    person: Annotated[str, Meta(description="SHA-256 of the user's id, lower-case hex: the id itself is gone.")]
-    counts: Annotated[dict[str, int], Meta(description="How many messages of each kind were erased.")]
-    request: Annotated[str, Meta(description="Id of the request.")] = ""
     at_ms: int = 0
 
 
@@ -762,8 +745,8 @@ class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 MESSAGES: dict[str, type[msgspec.Struct]] = {
     "".join(f"_{char.lower()}" if char.isupper() else char for char in kind.__name__)[1:]: kind
     for kind in (
-        *(Inbound, Outbound, Receipt, Window, Bind, Unbind, Erase, ControlAnswer),
-        *(BindingEvent, ErasedEvent, BindingsQuery, BindingsPage),
+        *(Inbound, Outbound, Receipt, Window, Bind, Unbind, Erase),
+        *(BindingEvent, BindingsQuery, BindingsPage),
         *(LoginEvent, LoginStart, LoginQuery, LoginVerify, Login),
         *(Media, MediaQuery, MediaBytes, MediaPiece),
         *(CommandStored, NextQuery, NextPage, WindowQuery, ReceiptQuery, ReplayQuery, ReplayPage),

@@ -16,7 +16,8 @@ LAYOUT_KEY = "layout"
 """Key beside the bindings with what the streams are expected to be (jetstream/topology.py). No bot has this name."""
 
 UNROUTED = "_"
-"""The sandbox in receipts of commands without a readable one. No sandbox has this name."""
+"""The sandbox in receipts of commands without a readable one, and in an erase for all sandboxes. No sandbox has this
+name."""
 
 SANDBOX_PATTERN = r"([a-z0-9-]|[a-z0-9_-]{2,64})"
 """Of the whole name."""
@@ -44,7 +45,8 @@ H_BODY = "Wechat-Body"
 H_POSITION = "Wechat-Position"
 """On live messages: the message's place in the inbox (`position`)."""
 H_ORIGINAL = "Wechat-Original"
-"""On the router's copies: sequence and stored time of the command on plain `wechat.out`."""
+"""On the router's copies: sequence and stored time of the command on plain `wechat.out`; on an erase in one sandbox
+those of the one for all sandboxes."""
 H_NEXT = "Wechat-Next"
 """On pieces of an object: value of `after` for the next request; absent on the last piece."""
 H_SIZE = "Wechat-Size"
@@ -176,7 +178,7 @@ def read_position(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-_STREAM_OF_KIND = {"inbox": "in", "part": "out"}
+_STREAM_OF_KIND = {"inbox": "in", "part": "out", "bind": "out", "unbind": "out", "erase": "out"}
 """By second token of a stored subject, where the stream is named otherwise."""
 
 
@@ -244,7 +246,6 @@ class Names:
         upper = prefix.upper()
         self.stream_in = f"{upper}_IN"
         self.stream_out = f"{upper}_OUT"
-        self.stream_ctl = f"{upper}_CTL"
         self.stream_event = f"{upper}_EVENT"
         self.stream_dead = f"{upper}_DEAD"
         self.bindings = f"{prefix}_bindings"
@@ -253,9 +254,6 @@ class Names:
         self.leases = f"{prefix}_leases"
         self.logins = f"{prefix}_logins"
         self.media = f"{prefix}_media"
-        self.bind = f"{prefix}.ctl.bind"
-        self.unbind = f"{prefix}.ctl.unbind"
-        self.erase = f"{prefix}.ctl.erase"
         self.out_plain = f"{prefix}.out"
 
     def inbox(self, sandbox: str, person: str = "*") -> str:
@@ -268,7 +266,11 @@ class Names:
 
     def out(self, sandbox: str) -> str:
         """Subject to which a sandbox publishes its commands."""
-        return f"{self.prefix}.out.{sandbox}"
+        return self.said("out", sandbox)
+
+    def said(self, verb: str, sandbox: str) -> str:
+        """Subject of what is said to a sandbox: `out`, `bind`, `unbind` or `erase`."""
+        return f"{self.prefix}.{verb}.{sandbox}"
 
     def partition_of(self, sandbox: str) -> int:
         """The partition that the server stores the commands of a sandbox in."""
@@ -285,12 +287,11 @@ class Names:
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
-    def receipt(self, sandbox: str, command: str, sequence: int | None = None) -> str:
+    def receipt(self, sandbox: str, command: str, sequence: int | None = None, verb: str = "receipt") -> str:
         """Subject of the receipts of one command; without its sequence, of all commands with this id, which may be
-        any text, even `*`."""
-        return (
-            f"{self.prefix}.event.{sandbox}.receipt.{command_token(command)}.{'*' if sequence is None else sequence}"
-        )
+        any text, even `*`. `verb`: that of a bind, unbind or erase, whose receipts no command can name."""
+        number = "*" if sequence is None else sequence
+        return f"{self.prefix}.event.{sandbox}.{verb}.{command_token(command)}.{number}"
 
     def receipts(self, sandbox: str) -> str:
         """Subject of the receipts of all commands of a sandbox, which may be `*`."""

@@ -16,7 +16,6 @@ from adapter.contract.messages import (
     BindingEvent,
     BindingInfo,
     BindingState,
-    ControlAnswer,
     LoginStatus,
     Options,
 )
@@ -62,19 +61,10 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Sequence of the bind command that wrote it last."""
     start_cursor: str | None = None
     """Start cursor of the bind request, sealed. It counts while the bot has no other."""
-    out_after: int = 0
-    """Last sequence of WECHAT_OUT when the person was bound: commands up to it that name neither user nor bot were
-    not meant for this person."""
     person: str = ""
     """Token of the person in subjects (`names.person_token`), kept by every later bind of the same user."""
     since: int = 0
-    """Sequence of the bind that began the person's time."""
-    closing: int | None = None
-    """Sequence of the control command that ends the binding; None: there is none. The bot serves nobody any more."""
-    closed: int | None = None
-    """`closing`, once the partition's owner has released the bot and nothing of its user is in flight."""
-    closed_by: str = ""
-    """That owner."""
+    """Sequence of the bind that began the person's time: no command that was stored before is theirs."""
     event_pending: bool = False
     """The event of a lost or recovered login may not be stored yet; the bot's poller publishes it."""
 
@@ -147,17 +137,6 @@ class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def is_over(self) -> bool:
         return self.status in FINAL_STATUSES
-
-
-class ControlOutcome(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `logins`, key: `control.` and a digest of the command's id. What became of a control command."""
-
-    sequence: int
-    """Of the command, in WECHAT_CTL."""
-    answer: ControlAnswer
-    """Its answer, without bindings and bots."""
-    reason: str | None = None
-    """Why it was refused; None: it was not."""
 
 
 ALL = 999_999

@@ -84,13 +84,12 @@ OUT_UNSETTLED = 100_000
 """Commands of a partition that are delivered and not settled: the full queues of ten sandboxes. The partition bounds
 their bytes itself; otherwise one sandbox could fill its consumer."""
 UNSETTLED = 512
-"""Commands of the router, or control commands, that are delivered and not settled."""
+"""Commands of the router that are delivered and not settled."""
 
 LIMITS = ("num_replicas", "max_bytes", "max_age", "max_msgs_per_subject")
 
 PARTITION = "part-"
 ROUTER = "router"
-CONTROL = "control"
 
 
 def partition_consumer(number: int) -> str:
@@ -184,7 +183,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         stream(
             names.stream_out,
             ("subjects", "retention", "discard", "subject_transform", "max_age", "deny_purge"),
-            subjects=[f"{prefix}.out", f"{prefix}.out.*"],
+            subjects=[f"{prefix}.out", *(names.said(verb, "*") for verb in ("out", "bind", "unbind", "erase"))],
             retention="workqueue",
             discard="new",
             discard_new_per_subject=True,
@@ -201,16 +200,9 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             },
         ),
         stream(
-            names.stream_ctl,
-            ("subjects", "retention"),
-            subjects=[names.bind, names.unbind, names.erase],
-            retention="workqueue",
-            max_msg_size=COMMAND_BYTES + HEADER_BYTES,
-        ),
-        stream(
             names.stream_event,
             ("subjects", "retention", "discard"),
-            subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*.*"],
+            subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.*.*.*"],
             retention="limits",
             discard="old",
             max_age=int((max(72.0, settings.park_hours) + 24) * HOUR_NS),  # a receipt outlives its command by a day
@@ -261,8 +253,6 @@ def consumer_config(names: Names, name: str) -> tuple[str, dict[str, Any]]:
         "max_ack_pending": UNSETTLED,
         "replay_policy": "instant",
     }
-    if name == CONTROL:
-        return names.stream_ctl, config
     if name == ROUTER:
         return names.stream_out, config | {"filter_subject": names.out_plain}
     subject = names.of_partition(int(name.removeprefix(PARTITION)))

@@ -2,11 +2,11 @@
 
 One task asks iLink about each code that may be scanned, and one fetches new codes. Their answers are applied one
 after the other, and what readers may know is stored by compare-and-set. Others write into the record, too: digits
-(`login.verify`), and its end (`login.cancel`). After a confirmation the flow publishes a bind command, and waits
-until it is applied or refused.
+(`login.verify`), and its end (`login.cancel`). After a confirmation the flow publishes a bind like anybody, and waits
+for its receipt.
 
-Handles of codes, redirects and credentials are in memory alone; the token leaves it sealed in the bind command. The
-flow never writes a binding itself, and never logs a code, digits or a token.
+Handles of codes, redirects and credentials are in memory alone; the token leaves it sealed in the bind. The flow
+never writes a binding itself, and never logs a code, digits or a token.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.control import find_outcome
 from adapter.bindings.registry import Bindings
+from adapter.bridge.receipts import Receipts, is_final
 from adapter.contract import messages as contract
-from adapter.contract.messages import Bind, Options
-from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
-from adapter.contract.records import Binding, ControlOutcome, LoginRecord
+from adapter.contract.messages import Bind, Options, Receipt
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names, digest
+from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Uncertain
 from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.records import ADVICE, UPGRADE, LoginRecords, next_step
@@ -40,7 +40,9 @@ PAUSE_S = 1.0
 """Pause after an answer that says nothing new (docs/reference/ilink-protocol.md, "Login")."""
 RETRY_S = 0.5
 BOUND_S = 30.0
-"""Longest wait for the bind command to take effect."""
+"""Longest wait for the receipt of the bind."""
+KEY_MS = 24 * 3600 * 1000
+"""How long the key of a login lives."""
 GRACE_S = 5.0
 """Time to apply an answer when the task has to end."""
 CODES = 2
@@ -71,6 +73,7 @@ class LoginFlow:
         ilink: Logins,
         bindings: Bindings,
         bus: Bus,
+        receipts: Receipts,
         names: Names,
         sealer: Sealer,
         clock: Clock,
@@ -87,6 +90,7 @@ class LoginFlow:
         self._ilink = ilink
         self._bindings = bindings
         self._bus = bus
+        self._receipts = receipts
         self._names = names
         self._sealer = sealer
         self._clock = clock
@@ -286,7 +290,7 @@ class LoginFlow:
     async def _on_already_bound(self, bot: str) -> None:
         """`bot`: which one it is; "": iLink does not say it. If the sandbox has one, it is that, and gets the options
         given."""
-        serving = self._bindings.serving_sandbox(self._record.sandbox)
+        serving = self._bindings.of_sandbox(self._record.sandbox)
         bound = [binding for binding in serving if binding.state == "active" and (not bot or binding.bot == bot)]
         if len(bound) != 1:
             await self._step(status="already_bound")
@@ -297,66 +301,80 @@ class LoginFlow:
             await self._store_bind(binding.bot, token, binding.user, binding.base_url or None)
         await self._step(status="already_bound", bot=binding.bot, user=binding.user)
 
-    async def _store_bind(self, bot: str, token: str, user: str, base_url: str | None) -> Bind:
-        """Publishes a bind command, since only control commands write bindings. Raises BusRefused."""
-        sandbox, request = self._record.sandbox, f"login:{self._login}"
+    async def _store_bind(self, bot: str, token: str, user: str, base_url: str | None) -> int:
+        """Publishes a bind, again and again while the sandbox's queue is full and the login's key lives. Returns its
+        sequence. Raises BusRefused."""
+        sandbox, failures = self._record.sandbox, 0
         bind = Bind(
-            sandbox=sandbox,
             bot=bot,
             bot_token=self._sealer.seal(bind_context(sandbox, bot), token),
-            id=request,
+            id=self._request,
             base_url=base_url,
             user=user or None,
             options=self._options,
             check=False,  # iLink has named them
         )
-        headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
-        await self._bus.store(BusMessage("ctl", self._names.bind, msgspec.json.encode(bind), headers))
-        return bind
+        headers = {H_MSG_ID: self._request, H_SCHEMA: contract.SCHEMA_VERSION}
+        message = BusMessage("out", self._names.said("bind", sandbox), msgspec.json.encode(bind), headers)
+        while True:
+            try:
+                return (await self._bus.store(message)).seq
+            except BusRefused as exc:
+                if not exc.is_full or self._now_ms() > self._record.changed_ms + KEY_MS:
+                    raise
+                failures += 1
+                log.warning("login.unbound", login=self._login[:6], sandbox=sandbox, detail=exc.detail)
+                await self._clock.sleep(backoff(failures, longest_s=10.0))
+
+    @property
+    def _request(self) -> str:
+        """The id of the bind, which nobody can guess, and which tells nobody the login's."""
+        return f"login-{digest(self._login.encode())}"
 
     async def _confirm(self, scan: Scan) -> None:
-        """Stores the bind command, and waits for the outcome. From then on the login cannot be cancelled. Raises
-        Refused for credentials that no bind could use."""
+        """Stores the bind, and waits for its receipt. From then on the login cannot be cancelled. Raises Refused for
+        credentials that no bind could use."""
         sandbox = self._record.sandbox
         _check_credentials(scan)
         base_url = self._ilink.check_base_url(scan.base_url) if scan.base_url else None
         await check_token(self._ilink, Account(scan.bot, scan.token, base_url or ""))
-        others = {binding.user for binding in self._bindings.serving_sandbox(sandbox)} - {""}
+        others = {binding.user for binding in self._bindings.of_sandbox(sandbox)} - {""}
         former_user = min(others, default="") if scan.user and scan.user not in others else ""
         binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
         await self._update(lambda record: structs.replace(record, **binding_now))
         if self._record.is_over:
             return
         try:
-            bind = await self._store_bind(scan.bot, scan.token, scan.user, base_url)
+            sequence = await self._store_bind(scan.bot, scan.token, scan.user, base_url)
         except BusRefused as exc:
             log.error("login.unbound", login=self._login[:6], sandbox=sandbox, detail=exc.detail)
-            await self.fail("bus", "The bus did not take the bind command; start another login.")
+            await self.fail("bus", "The bus did not take the bind; start another login.")
             return
-        outcome = await self._outcome_of(bind)
-        if outcome is not None and not outcome.answer.ok:
-            await self.fail(outcome.reason or "refused", outcome.answer.error)
+        receipt = await self._receipt_of(sequence)
+        if receipt is not None and receipt.outcome != "applied":
+            await self.fail(receipt.reason, receipt.detail)
             return
-        pending = {} if outcome is not None else _PENDING
+        pending = {} if receipt is not None else _PENDING
         warning = {"detail": _WARNING.format(former_user)} if former_user else {}
         await self._step(status="confirmed", **{**warning, **pending})
 
-    async def _outcome_of(self, bind: Bind) -> ControlOutcome | None:
-        """What became of the bind command; None: it was not applied within BOUND_S."""
-        deadline = self._clock.monotonic() + BOUND_S
+    async def _receipt_of(self, sequence: int) -> Receipt | None:
+        """The final receipt of the bind; None: there is none within BOUND_S."""
+        deadline, sandbox = self._clock.monotonic() + BOUND_S, self._record.sandbox
         while self._clock.monotonic() < deadline:
             try:
-                if (outcome := await find_outcome(self._records.bucket, bind)) is not None:
-                    return outcome
+                receipt = await self._receipts.last(sandbox, self._request, sequence, "bind")
+                if receipt is not None and is_final(receipt):
+                    return receipt
             except Temporary as exc:
-                log.info("login.unread", sandbox=bind.sandbox, reason=exc.reason)
+                log.info("login.unread", sandbox=sandbox, reason=exc.reason)
             await self._clock.sleep(RETRY_S)
         return None
 
 
 _PENDING = {
     "reason": "bind_pending",
-    "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
+    "detail": "The bind is stored and will take effect; its receipt reports the outcome.",
 }
 _WARNING = f"{ADVICE['confirmed']} Another person is bound to this sandbox, too: {{}}."
 

@@ -15,7 +15,6 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.control import OUTCOME
 from adapter.contract.messages import CHECKING, Login, LoginEvent
 from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
@@ -125,8 +124,6 @@ class LoginRecords:
 
     def _apply_entry(self, entry: Entry) -> None:
         """In the order of the revisions of a key."""
-        if entry.key.startswith(OUTCOME):
-            return
         self._records.pop(entry.key, None)
         try:
             record = None if entry.value is None else decode_record(entry.value, LoginRecord, login=entry.key[:6])

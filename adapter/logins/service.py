@@ -16,6 +16,7 @@ from msgspec import structs
 from adapter.bindings.registry import Bindings
 from adapter.bridge.leases import Leases
 from adapter.bridge.presence import Presence
+from adapter.bridge.receipts import Receipts
 from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import LoginRecord
@@ -52,6 +53,7 @@ class LoginService:
         leases: Leases,
         presence: Presence,
         bus: Bus,
+        receipts: Receipts,
         names: Names,
         sealer: Sealer,
         clock: Clock,
@@ -66,6 +68,7 @@ class LoginService:
         self._leases = leases
         self._presence = presence
         self._bus = bus
+        self._receipts = receipts
         self._names = names
         self._sealer = sealer
         self._clock = clock
@@ -103,6 +106,7 @@ class LoginService:
             self._ilink,
             self._bindings,
             self._bus,
+            self._receipts,
             self._names,
             self._sealer,
             self._clock,

@@ -71,15 +71,10 @@ class Events:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
         await self._publish_event("login", event, f"login:{event.login}:{step}")
 
-    async def publish_erased_event(self, event: contract.ErasedEvent) -> None:
-        """A person was erased in a sandbox."""
-        event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        msg_id = f"erased:{event.sandbox}:{event.person}:{event.request or event.at_ms}"
-        await self._publish_event("erased", event, msg_id)
-
     async def publish_receipt(
         self,
         receipt: contract.Receipt,
+        subject: str,
         *,
         traceparent: str,
         expected: int,
@@ -91,7 +86,6 @@ class Events:
         then it becomes a dead letter (0). `ensure_owner`: as in BusMessage. Raises Conflict; Temporary if nothing
         of it can be stored; what `ensure_owner` raises.
         """
-        subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
         # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
         ident = f"{subject}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {
@@ -147,7 +141,7 @@ class Events:
     async def _publish_event(
         self,
         kind: str,
-        event: contract.BindingEvent | contract.LoginEvent | contract.ErasedEvent,
+        event: contract.BindingEvent | contract.LoginEvent,
         msg_id: str,
         *,
         ensure_owner: Callable[[], None] | None = None,
@@ -195,8 +189,8 @@ class Events:
         user: str = "",
         seal: Callable[[bytes], bytes] | None = None,
     ) -> bool:
-        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN, CTL or EVENT; `seq`: in it, 0:
-        none; `user`: whom a command was for, or who wrote the message, if that was known; `seal`: makes of the bytes
+        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN or EVENT; `seq`: in it, 0: none;
+        `user`: whom a command was for, or who wrote the message, if that was known; `seal`: makes of the bytes
         what is stored. Returns whether they are kept."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {

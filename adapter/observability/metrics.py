@@ -31,7 +31,7 @@ REFUSED = (
 DEAD = "unreadable too_large crashed"
 STATES = "waiting polling storing throttled paused retrying stale needs_login"
 PARKED = "window_closed quota throttled needs_login"
-KINDS = "text media typing unreadable"
+KINDS = "text media typing unreadable bind unbind erase"
 TASKS = "poller sender other"
 ENDPOINTS = (
     "getupdates sendmessage notifystart notifystop getuploadurl getconfig sendtyping get_bot_qrcode "
@@ -40,9 +40,9 @@ ENDPOINTS = (
 LONG_POLLS = "getupdates get_qrcode_status"
 UPSTREAM_FAILURES = "ret_2 ret_14 ret_other http_4xx http_5xx timeout network unreadable"
 RETRIED = UPSTREAM_FAILURES.removeprefix("ret_2 ")
-CONSUMERS = "out router control"
+CONSUMERS = "out router"
 DIRECTIONS = "in out"
-STREAMS = "in event dead out kv media ctl"
+STREAMS = "in event dead out kv media"
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
@@ -210,8 +210,8 @@ class Metrics:
         "Published receipts. Every outcome except parked is final.",
         outcome=" ".join([*FINAL_OUTCOMES, "parked"]),
     )
-    dead_letters = _counter("Dead letters, by the stream of the original message.", stream="out in ctl event")
-    schema_violations = _counter("Requests that do not fit their schema.", kind="out ctl svc")
+    dead_letters = _counter("Dead letters, by the stream of the original message.", stream="out in event")
+    schema_violations = _counter("Requests that do not fit their schema.", kind="out svc")
     nats_connected = _gauge("1 while connected to NATS, else 0.")
     nats_reconnects = _counter("Reconnections to NATS.")
     nats_publish = _counter(

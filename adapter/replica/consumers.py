@@ -1,4 +1,4 @@
-"""The consumers of a partition that this replica owns; for partition 0 also those of router and control."""
+"""The consumers of a partition that this replica owns; for partition 0 also that of the router."""
 
 from __future__ import annotations
 
@@ -38,13 +38,11 @@ async def consume(replica: Replica, partition: Partition) -> None:
                     replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
                     return
 
-    replica.closing.begin(partition)
     out = topology.partition_consumer(partition.number)
     async with asyncio.TaskGroup() as group:
         group.create_task(keep(out, partial(_consume, replica, partition, out, partition.on_delivery)))
         if partition.number == 0:
             group.create_task(keep(topology.ROUTER, partial(_route, replica, partition)))
-            group.create_task(keep(topology.CONTROL, partial(_control, replica, partition)))
 
 
 async def _route(replica: Replica, partition: Partition) -> None:
@@ -55,18 +53,11 @@ async def _route(replica: Replica, partition: Partition) -> None:
         router.stop()
 
 
-async def _control(replica: Replica, partition: Partition) -> None:
-    control = replica.new_control(partition.tenure)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(_consume(replica, partition, topology.CONTROL, control.enqueue))
-        group.create_task(control.run())
-
-
 async def _consume(
     replica: Replica, partition: Partition, name: str, on_delivery: Callable[[Delivery], None]
 ) -> None:
-    is_out = name not in (topology.ROUTER, topology.CONTROL)
-    redeliveries = replica.metrics.nats_redeliveries.labels(consumer="out" if is_out else name)
+    label = name if name == topology.ROUTER else "out"
+    redeliveries = replica.metrics.nats_redeliveries.labels(consumer=label)
 
     def take_delivery(delivery: Delivery) -> None:
         if delivery.redelivered:

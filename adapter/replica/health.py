@@ -238,24 +238,21 @@ class Health:
         """Raises Temporary."""
         names, metrics = self._names, self._edges.metrics
         before, paused = self._paused, []
-        for label, stream, consumer in (
-            ("router", names.stream_out, topology.ROUTER),
-            ("control", names.stream_ctl, topology.CONTROL),
-        ):
-            try:
-                info = await self._edges.connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused as exc:  # deleted by an operator; its owner recreates it
-                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
-                continue
-            name = f"{stream} {consumer}"
+        stream, consumer = names.stream_out, topology.ROUTER
+        name = f"{stream} {consumer}"
+        try:
+            info = await self._edges.connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
+        except BusRefused as exc:  # deleted by an operator; its owner recreates it
+            log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
+        else:
             if info.get("paused"):
                 paused.append(name)
                 if name not in before:
                     log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
             elif name in before:
                 log.info("consumer.resumed", consumer=consumer)
-            metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
-            metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+            metrics.nats_consumer_pending.labels(consumer=consumer).set(info["num_pending"])
+            metrics.nats_consumer_ack_pending.labels(consumer=consumer).set(info["num_ack_pending"])
         self._paused = paused
         waiting = max(0, self._inspector.message_count(names.stream_out) - self._in_flight)
         metrics.nats_consumer_pending.labels(consumer="out").set(waiting)

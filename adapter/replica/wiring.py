@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from adapter import __version__
-from adapter.bindings.binder import Binder
-from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
-from adapter.bridge.closing import Closing
 from adapter.bridge.commands import Limits
+from adapter.bridge.erasure import Erasure
 from adapter.bridge.leases import Tenure
 from adapter.bridge.media import MediaFetcher
 from adapter.bridge.partitions import Partitions
@@ -53,7 +51,6 @@ from adapter.observability.events import Events
 from adapter.replica.edges import Edges
 from adapter.replica.health import Health
 from adapter.security.seal import Sealer
-from adapter.services.erasure import Erasure
 from adapter.services.health import BotHealth
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
@@ -142,6 +139,15 @@ class Replica:
             receipts=self.receipts,
             persons=self.persons,
             bindings=bindings,
+            erasure=Erasure(
+                edges.bulk_history,  # it reads all streams: commands do not wait for it
+                edges.bus,
+                self.receipts,
+                names,
+                bindings,
+                {f"KV_{name}": edges.bucket(name) for name in (names.persons, names.logins)},
+                clock,
+            ),
             names=names,
             sealer=sealer,
             presence=edges.presence,
@@ -160,6 +166,7 @@ class Replica:
             max_payload=lambda: edges.connection.max_payload,
             is_writable=self.health.is_writable,
             wait_writable=self.health.wait_writable,
+            wait_bindings=partial(self.health.wait_complete, [f"KV_{names.bindings}"]),
             bodies=Bodies(BODY_BYTES),
             slots=defaultdict(lambda: FairSlots(SENDS, share=SENDS_PER_SANDBOX)),
             takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
@@ -176,16 +183,7 @@ class Replica:
             on_failed=self.health.report_failed_loop,
             status=self._status,
         )
-        self.closing = Closing(self.parts, self.partitions)
 
-        # control commands
-        self.erasure = Erasure(
-            edges.bulk_history,  # it reads all streams: commands do not wait for it
-            events,
-            names,
-            bindings,
-            {f"KV_{name}": edges.bucket(name) for name in (names.persons, names.logins)},
-        )
         # what is asked
         self.login_records = LoginRecords(edges.bucket(names.logins), events, clock, metrics)
         self.logins = LoginService(
@@ -195,6 +193,7 @@ class Replica:
             leases,
             edges.presence,
             edges.bus,
+            self.receipts,
             names,
             sealer,
             clock,
@@ -207,38 +206,11 @@ class Replica:
         self.bot_health = BotHealth(self.replicas, persons, self.parts.policy.window, clock)
         self.handlers = self._serve()
         edges.connection.on_connect(self._count_connect)
-        edges.connection.on_connect(bindings.on_connect)
 
     # what starts with a partition ------------------------------------------------------------------------
 
     def new_router(self, tenure: Tenure) -> Router:
         return Router(self.parts, tenure)
-
-    def new_control(self, tenure: Tenure) -> Control:
-        edges, events = self.edges, self.events
-        binder = Binder(
-            bindings=self.bindings,
-            events=events,
-            history=edges.history,
-            names=self.names,
-            chat=edges.chat,
-            sealer=self.sealer,
-            persons=self.persons,
-            erase=self.erasure.run,
-            owner=tenure,
-            clock=self.clock,
-        )
-        return Control(
-            binder,
-            self.bindings,
-            edges.bucket(self.names.logins),
-            events,
-            edges.core,
-            wait_complete=lambda: self.health.wait_complete([f"KV_{self.names.bindings}"]),
-            owner=tenure,
-            clock=self.clock,
-            metrics=self.metrics,
-        )
 
     # for others ---------------------------------------------------------------------------------------
 
@@ -328,7 +300,7 @@ class Replica:
     def may_store(self, sandbox: str, bot: str, user: str) -> bool:
         """Whether a bot, or another one of its user, serves a sandbox: an erasure begins with the end of the binding,
         and media must not follow it."""
-        bindings, serves = self.bindings, self.bindings.serving(bot)
+        bindings, serves = self.bindings, self.bindings.get(bot)
         is_served = serves is not None and serves.sandbox == sandbox
         return is_served or not bindings.is_loaded or bool(bindings.serving_user(sandbox, user))
 

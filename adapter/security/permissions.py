@@ -49,7 +49,7 @@ def grants(names: Names, role: Literal["adapter", "operator", "sandbox", "untrus
 
 def streams(names: Names) -> tuple[str, ...]:
     """All streams, including those of buckets and objects."""
-    return (names.stream_ctl, *_purged_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)))
+    return (*_purged_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)))
 
 
 def buckets(names: Names) -> tuple[str, ...]:
@@ -74,8 +74,8 @@ def _purged_streams(names: Names) -> tuple[str, ...]:
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
     media = f"OBJ_{names.media}"
     return (
-        *(names.inbox("*"), names.live("*"), names.out("*"), names.bind, names.event("*", ">")),
-        *(f"{names.prefix}.adapter.>", names.out_plain, names.unbind),  # the console asks, and retries dead commands
+        *(names.inbox("*"), names.live("*"), *_said(names), names.event("*", ">")),
+        *(f"{names.prefix}.adapter.>", names.out_plain),  # the console asks, and retries dead commands
         names.dead_letters("*"),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
@@ -84,10 +84,8 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in _purged_streams(names))),
         *_api_subjects(*(f"STREAM.PURGE.{stream}" for stream in (media, names.stream_event, names.stream_in))),
-        *_api_subjects(
-            *(f"CONSUMER.{verb}.{s}.*" for s in _pulled_streams(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))
-        ),
-        *_both_layouts("ACK", _pulled_streams(names)),
+        *_api_subjects(*(f"CONSUMER.{verb}.{names.stream_out}.*" for verb in ("CREATE", "RESET", "MSG.NEXT"))),
+        *_both_layouts("ACK", (names.stream_out,)),
         *(_inbox_subjects("operator"), _inbox_subjects("platform"), "_R_.>"),
         # requests of `doctor` under this user
         *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inbox_subjects("adapter")),
@@ -101,9 +99,9 @@ def _both_layouts(verb: Literal["ACK", "FC"], of: Iterable[str]) -> tuple[str, .
     return tuple(f"$JS.{verb}.{before}{stream}.>" for stream in of for before in ("", "*.*."))
 
 
-def _pulled_streams(names: Names) -> tuple[str, str]:
-    """Streams with consumers of the adapter."""
-    return names.stream_out, names.stream_ctl
+def _said(names: Names) -> tuple[str, ...]:
+    """All that may be said to a sandbox."""
+    return tuple(names.said(verb, "*") for verb in ("out", "bind", "unbind", "erase"))
 
 
 def _adapter_subscribes(names: Names) -> tuple[str, ...]:
@@ -114,7 +112,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
     media = f"OBJ_{names.media}"
     readable = (names.stream_in, names.stream_event, names.stream_dead, media)
     return (
-        *(names.bind, names.unbind, names.erase, names.out_plain, names.out("*"), names.svc(">"), "$SRV.>"),
+        *(*_said(names), names.out_plain, names.svc(">"), "$SRV.>"),
         *_api_subjects("INFO", "STREAM.NAMES", "STREAM.LIST", "STREAM.INFO.*"),
         *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.LIST.*", "CONSUMER.INFO.*.*"),
         *_api_subjects(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),

@@ -55,8 +55,9 @@ def dead_letter_of(seq: int, subject: str, headers: Mapping[str, str], *, size: 
 
 
 def is_command(names: Names, subject: str) -> bool:
-    """Whether it can be retried. An inbound message cannot: its user has to write again."""
-    return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
+    """Whether it can be retried. An inbound message cannot: its user has to write again; nor can a bind or erase,
+    of which a dead letter has no body."""
+    return subject == names.out_plain or subject.startswith((names.out(""), names.said("unbind", "")))
 
 
 def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> BusMessage:
@@ -66,7 +67,8 @@ def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: byte
     """
     subject = headers.get(H_SUBJECT, "")
     if not is_command(names, subject):
-        raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
+        advice = "what a user wrote they have to write again, and a bind or erase is to be published anew."
+        raise Refused("invalid", f"It cannot be tried again: {advice}")
     if subject.startswith(names.out_plain):
         data = _for_its_person(data, headers.get(H_USER, ""))
     own_headers = {*DEAD_LETTER_HEADERS, H_ORIGINAL}  # the retry is another command, with its own time to live

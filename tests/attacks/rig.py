@@ -377,7 +377,7 @@ async def run(name: str, folder: Path, *, seconds: float, seed: int = 1) -> Outc
         platform, witness = [await server.connect(who) for who in ("platform", WITNESS)]
         for sandbox in (VICTIM, *attackers):
             answer = await world.bind(platform.nc, sandbox, sim.add_bot())
-            assert answer.ok, answer
+            assert answer.outcome == "applied", answer
         await until(lambda: sim.stats().parked == 1 + len(attackers), "all are polled")
         for sandbox in attackers:
             world.say(sandbox, "hello")

@@ -554,21 +554,21 @@ async def idle(bench: Bench) -> None:
 
 
 async def bound(bench: Bench) -> None:
-    """Bots come by control commands, published without a pause, while the same process polls them."""
+    """Bots come by binds, published without a pause, while the same process polls them."""
     bots = CROWD // bench.part
     async with bench.rig(f"{bots} binds") as (made, nc):
         process = made.adapter()
         await made.taken(nc)
         await asyncio.sleep(SETTLE_S)  # all partitions are taken
-        last = (await nc.jetstream().stream_info("WECHAT_CTL")).state.last_seq + bots
+        last = (await nc.jetstream().stream_info("WECHAT_OUT")).state.last_seq + bots
         spent = Spent(made.server, process)
         for number in range(bots):
             bot, user = f"{number}@im.bot", f"user{number}@im.wechat"
-            asked = Bind(sandbox=f"s{number}", bot=bot, bot_token=f"{bot}:0600abcd", user=user)
-            await nc.publish("wechat.ctl.bind", msgspec.json.encode(asked), headers={"Nats-Msg-Id": bot})
+            asked = Bind(bot=bot, bot_token=f"{bot}:0600abcd", user=user)
+            await nc.publish(f"wechat.bind.s{number}", msgspec.json.encode(asked), headers={"Nats-Msg-Id": bot})
             if number % 100 == 99:
                 await nc.flush()
-        while (state := (await nc.jetstream().stream_info("WECHAT_CTL")).state).messages or state.last_seq < last:
+        while (state := (await nc.jetstream().stream_info("WECHAT_OUT")).state).messages or state.last_seq < last:
             await asyncio.sleep(0.02)
         figures = spent.on(bots, time.monotonic())
         await made.polled(bots)

@@ -1,10 +1,10 @@
-"""What publishes control commands, for each test anew."""
+"""What says binds, unbinds and erases, for each test anew."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.bindings.test_control import Platform
+from tests.bindings.platform import Platform
 
 
 @pytest.fixture

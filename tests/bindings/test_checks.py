@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bindings.test_control import BOT, TOKEN, USER, Platform
+from tests.bindings.platform import BOT, TOKEN, USER, Platform
 
 VIRTUAL_TIME = True
 
@@ -24,19 +24,7 @@ async def test_an_impossible_bot_user_or_token_is_refused_unless_it_is_bound_unc
 ) -> None:
     fields = {"bot": BOT, "bot_token": TOKEN, **fields}
     refused = await platform.bind(**fields)
-    assert (refused.ok, said in refused.error, platform.bound) == (False, True, {})
-    assert "SECRET" not in refused.error
-    assert (await platform.bind(**fields, check=False)).ok
+    assert (refused.outcome, refused.reason, said in refused.detail) == ("refused", "invalid", True)
+    assert ("SECRET" in refused.detail, platform.bound) == (False, {})
+    assert (await platform.bind(**fields, check=False)).outcome == "applied"
     assert platform.bench.chat.notified == [], "iLink is not asked about the token"
-
-
-async def test_a_bot_that_moves_without_naming_its_user_keeps_it(platform: Platform) -> None:
-    await platform.bind()
-    assert (await platform.bind(sandbox="s2", user=None)).moved_from == "s1"
-    assert platform.binding().user == USER
-
-
-async def test_a_bind_says_from_where_it_has_moved_the_bot(platform: Platform) -> None:
-    assert (await platform.bind()).moved_from == ""
-    assert (await platform.bind(sandbox="s2")).moved_from == "s1"
-    assert (await platform.bind(sandbox="s2", id="again")).moved_from == ""

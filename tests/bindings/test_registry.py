@@ -64,7 +64,7 @@ async def test_the_mark_of_an_unbinding_goes_in_time() -> None:
     bindings, bucket = await following()
     await bindings.remove(BOT)
     assert bucket.ttls == {to_subject_token(BOT): 3600}
-    await bindings.put(BOUND)
+    await bindings.change(BOUND.bot, lambda _: BOUND)
     assert bucket.ttls == {}
 
 
@@ -86,8 +86,9 @@ async def test_a_binding_of_a_newer_version_is_left_alone_and_said_once() -> Non
     with capture_logs() as logs:
         for _ in range(2):
             bucket.put(to_subject_token(BOT), text)
+        assert await bindings.change(BOT, lambda _: BOUND) is None
         with pytest.raises(Refused, match="too_new"):
-            await bindings.put(BOUND)
+            bindings.ensure_known(BOT)
         assert await bindings.update(BOT, lambda binding: BOUND) is None
     assert bindings.get(BOT) == Binding(bot=BOT, user="u1@im.wechat", token="", state="too_new", **fields)
     assert bucket.entries[to_subject_token(BOT)].value == text
@@ -105,8 +106,9 @@ async def test_a_bind_that_meets_a_newer_version_leaves_what_that_one_wrote() ->
             bucket.entries[key] = Entry(key, texts.pop(), bucket.entries[key].revision + 1)  # not heard of yet
 
     bucket.on_write = write
+    assert await bindings.change(BOT, lambda _: msgspec.structs.replace(BOUND, sandbox="s2")) is None
     with pytest.raises(Refused, match="too_new"):
-        await bindings.put(msgspec.structs.replace(BOUND, sandbox="s2"))
+        bindings.ensure_known(BOT)
 
 
 async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
@@ -114,9 +116,9 @@ async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
     bindings = Bindings(bucket, Names(), same_token=lambda bot, one, other: True)
     changes: list[tuple[str, Binding | None, Binding | None]] = []
     bindings.add_listener(lambda bot, before, after: changes.append((bot, before, after)))
-    await bindings.put(BOUND)
+    await bindings.change(BOUND.bot, lambda _: BOUND)
     sealed = msgspec.structs.replace(BOUND, token="the same, sealed")
-    await bindings.put(sealed)
+    await bindings.change(BOUND.bot, lambda _: sealed)
     assert changes == [(BOT, None, BOUND)]
     assert bindings.get(BOT) == sealed
 

@@ -53,7 +53,7 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
             heard = (names.event("*", ">"), f"{inbox(role)}.>")
-            return Grants((names.bind, names.unbind, names.erase, *asks), heard)
+            return Grants((*(names.said(verb, "*") for verb in ("bind", "unbind", "erase")), *asks), heard)
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
             return Grants(publish, (names.receipts("*"), f"{inbox(role)}.>"))
@@ -71,7 +71,7 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     own = f"{inbox(role, sandbox if role in OF_ONE else '')}.>"
     shares = [Share("service", subject) for subject in granted.publish]
     shares += [Share("stream", subject) for subject in granted.subscribe if subject != own]
-    if role == "platform":  # answers to bind, unbind and erase go to the inbox in a header
+    if role == "platform":  # the receipt of a bind, unbind or erase goes to the inbox in a header, too
         shares.append(Share("stream", own))
     return shares
 

@@ -138,9 +138,9 @@ STATUS = [
 
 
 async def control(rig: Rig, *texts: str) -> None:
-    """Stores such texts as control commands."""
+    """Stores such texts as commands on the plain subject."""
     for text in texts:
-        await rig.publisher.store(BusMessage("ctl", NAMES.bind, text.encode(), {}))
+        await rig.publisher.store(BusMessage("out", NAMES.out_plain, text.encode(), {}))
 
 
 async def store_all(publisher: Publisher, messages: Iterable[BusMessage]) -> list[PubAck | BusRefused]:

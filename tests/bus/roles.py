@@ -21,13 +21,13 @@ other: a sandbox on subjects with another's."""
 HEADS = (*COLUMNS[:5], "sandbox: its own", "untrusted: its own", "sandbox: another's")
 
 STREAMS = (
-    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD"),
+    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_EVENT", "WECHAT_DEAD"),
     *("KV_wechat_bindings", "KV_wechat_persons", "KV_wechat_readers", "KV_wechat_leases"),
     *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
 SANDBOX = "<sandbox>"
-EVENTS = ("binding", "login", "erased")
+EVENTS = ("binding", "login", "bind.c.1", "unbind.c.1", "erase.c.1")
 
 
 class Row(NamedTuple):
@@ -55,9 +55,8 @@ SUBJECTS = [
         ("wechat.inbox.<sandbox>.p", "adapter"),
         ("wechat.out", "adapter operator service"),
         ("wechat.out.<sandbox>", "adapter operator agents own"),
-        ("wechat.ctl.bind", "adapter operator platform"),
-        ("wechat.ctl.unbind", "adapter operator platform"),
-        ("wechat.ctl.erase", "operator platform"),
+        *((f"wechat.{verb}.<sandbox>", "adapter operator platform") for verb in ("bind", "unbind", "erase")),
+        ("wechat.erase._", "adapter operator platform"),
         *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c.1", *EVENTS)),
         ("wechat.dead.WECHAT_OUT", "adapter"),
         *((f"wechat.adapter.{rest}", "adapter") for rest in ("here", "polled", "polls.r")),
@@ -102,7 +101,7 @@ SUBJECTS = [
         ("wechat.inbox.<sandbox>.*", ""),
         ("wechat.out", "operator"),
         ("wechat.out.<sandbox>", "operator"),
-        ("wechat.ctl.*", ""),
+        *((f"wechat.{verb}.<sandbox>", "") for verb in ("bind", "unbind", "erase")),
         ("wechat.event.<sandbox>.receipt.c.1", "operator platform service agents own untrusted"),
         ("wechat.event.<sandbox>.receipt.c.*", "operator platform service agents own untrusted"),
         ("wechat.event.<sandbox>.receipt.>", "operator platform service agents own untrusted"),
@@ -139,11 +138,11 @@ SUBJECTS = [
 
 ALL, PULLED, PURGED, READ = (
     "all",
-    "WECHAT_OUT WECHAT_CTL",
+    "WECHAT_OUT",
     "WECHAT_IN WECHAT_EVENT OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
 )
-ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_") and stream != "WECHAT_CTL")
+ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_"))
 
 API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.INFO", {"adapter": ALL, "operator": ALL}),

@@ -39,7 +39,7 @@ class Reader:
         rig: Rig,
         *,
         room: int = 8,
-        name: str = topology.CONTROL,
+        name: str = topology.ROUTER,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.got: list[Delivery] = []
@@ -82,7 +82,7 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
     await control(rig)
     for number, headers in enumerate(STATUS):
-        await rig.publisher.store(BusMessage("ctl", NAMES.bind, str(number).encode(), headers))
+        await rig.publisher.store(BusMessage("out", NAMES.out_plain, str(number).encode(), headers))
     reader = Reader(rig)
     await reader.have(len(STATUS))
     assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
@@ -102,7 +102,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_as_redelivered(rig
     await eventually(settled, "both are acknowledged")
     first.task.cancel()
     await asyncio.wait([first.task])
-    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"new", {}))
+    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"new", {}))
 
     successor = Reader(rig)
     await successor.have(5)
@@ -170,7 +170,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     assert reader.resets == 2
     assert all(delivery.redelivered for delivery in reader.got[3:])
     count = len(reader.got)
-    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"3", {}))
+    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"3", {}))
     await reader.have(count + 1)
     assert reader.texts[count:] == ["3"]
 
@@ -188,7 +188,7 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     reader = Reader(rig)
     await reader.have(1)
     thief = await rig.connection.client().subscribe(rig.connection.client().new_inbox())
-    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_out}.{topology.ROUTER}"
     await rig.connection.publish(pull, b'{"batch":1}', reply=thief.subject)
     texts = ["0"]
     while not thief.pending_msgs:  # the server gives one to each that waits
@@ -211,7 +211,7 @@ async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_a
     monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
     await control(rig, "0", "1")
     thief = await rig.connection.client().subscribe(rig.connection.client().new_inbox())
-    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_out}.{topology.ROUTER}"
     api, resets = rig.connection.api_request, 0
 
     async def slow(verb: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -239,7 +239,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     successor = Reader(rig, room=8)
     await successor.have(8)
     await successor.got[0].ack()
-    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"8", {}))
+    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
         while await successor.unacknowledged() != 8:
             await asyncio.sleep(0.01)
@@ -250,7 +250,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     thawed.task.cancel()
     await asyncio.wait([thawed.task])
     await successor.got[1].ack()
-    await rig.publisher.store(BusMessage("ctl", NAMES.bind, b"9", {}))
+    await rig.publisher.store(BusMessage("out", NAMES.out_plain, b"9", {}))
     await successor.have(10)
     assert successor.texts == [*texts, "8", "9"]
     assert thawed.got == []
@@ -277,10 +277,10 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     first = Reader(rig)
     await first.have(2)
     await first.got[0].ack()
-    while len(await rig.read(NAMES.stream_ctl, NAMES.bind)) > 1:
+    while len(await rig.read(NAMES.stream_out, NAMES.out_plain)) > 1:
         await asyncio.sleep(0.01)
     first.task.cancel()
-    await rig.connection.api_request(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
+    await rig.connection.api_request(f"CONSUMER.DELETE.{NAMES.stream_out}.{topology.ROUTER}")
     successor = Reader(rig)
     await successor.have(1)
     await control(rig, "2")
@@ -313,7 +313,7 @@ async def test_a_paused_consumer_is_reported_when_it_is_read(rig: Rig) -> None:
     first.task.cancel()
     await asyncio.wait([first.task])
     await control(rig, "0")
-    pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
+    pause = f"CONSUMER.PAUSE.{NAMES.stream_out}.{topology.ROUTER}"
     await rig.connection.api_request(pause, {"pause_until": "2999-01-01T00:00:00Z"})
     with capture_logs() as logs:
         reader = Reader(rig)
@@ -325,11 +325,11 @@ async def test_a_paused_consumer_is_reported_when_it_is_read(rig: Rig) -> None:
 
 async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
     await control(rig, "0", "1")
-    last = await rig.history.read_last(NAMES.stream_ctl, NAMES.bind)
-    await rig.connection.api_request(f"STREAM.DELETE.{NAMES.stream_ctl}")
+    last = await rig.history.read_last(NAMES.stream_out, NAMES.out_plain)
+    await rig.connection.api_request(f"STREAM.DELETE.{NAMES.stream_out}")
     await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     assert last is not None
-    assert await rig.first(NAMES.stream_ctl) > last.seq
+    assert await rig.first(NAMES.stream_out) > last.seq
 
 
 async def test_a_backlog_is_delivered_in_turns(rig: Rig) -> None:

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 
 from adapter.bridge.entries import Entry, Secrets, StoredEntry, encode_entry, messages_of, read_entry
 from adapter.bridge.inflight import NO_WINDOW
-from adapter.bridge.person import Person, Status
+from adapter.bridge.person import Person
 from adapter.bridge.persons import Persons, StoredPerson, seal_state
 from adapter.bridge.receipts import Address, Receipts
 from adapter.bridge.receive import Receiver
@@ -252,6 +252,14 @@ async def test_behind_another_writers_entry_repeats_are_dropped_and_its_cursor_s
     assert (await place.entries())[-1].secrets == Secrets("token-5", "theirs too", (), ())
 
 
+async def end(replica: Replica, key: PersonKey, *, is_forgotten: bool = True, erased: bool = False) -> None:
+    """As an unbind does it, or one that was cut behind the end."""
+    if is_forgotten:
+        await replica.persons.end(key, lambda: None, erased=erased)
+    else:
+        await replica.persons._store_end(key, lambda: None, erased=erased)
+
+
 @BOTH
 @pytest.mark.parametrize("is_forgotten", [False, True], ids=["ended", "forgotten"])
 @pytest.mark.parametrize("before", [(), (9,)], ids=["no entry ever", "an entry before"])
@@ -262,18 +270,16 @@ async def test_behind_the_end_of_a_time_a_late_answer_is_dead_letters(
     person = await place.mine.take()
     if before:
         await place.mine.receive(words(*before))
-    await place.other.persons.end(place.key)
-    if is_forgotten:
-        await place.other.persons.forget(place.key)
+    await end(place.other, place.key, is_forgotten=is_forgotten)
     await place.mine.receive(words(1, 2))
     assert (await place.said())[0 if is_forgotten else len(before) :] == [["END"]]
-    assert (await place.dead(), person.status) == (["not_bound"] * 2, Status.ENDED)
+    assert (await place.dead(), person.gone) == (["not_bound"] * 2, "not_bound")
     assert len(place.rung) == len(before)
 
 
 async def test_behind_the_end_by_an_erasure_a_late_answer_is_dropped(place: Place) -> None:
     await place.mine.take()
-    await place.other.persons.end(place.key, erased=True)
+    await end(place.other, place.key, erased=True)
     await place.mine.receive(words(1, 2))
     assert (await place.said(), await place.dead()) == ([["END"]], [])
 
@@ -289,10 +295,9 @@ async def test_behind_another_time_a_late_answer_is_dead_letters(
     if before:
         await place.mine.receive(words(*before))
     if begins == "an end":
-        await place.other.persons.end(place.key)
-        await place.other.persons.forget(place.key)
+        await end(place.other, place.key)
     elif begins == "the end of another time":
-        await place.other.persons.end(place.key._replace(since=SINCE + 1))
+        await end(place.other, place.key._replace(since=SINCE + 1), is_forgotten=False)
     await place.other.take(since=SINCE + 2)
     if begins != "the end of another time":
         await place.other.receive(words(5))
@@ -308,9 +313,9 @@ async def test_behind_another_time_a_late_answer_is_dead_letters(
 async def test_an_answer_in_hand_of_who_learns_of_the_end_meanwhile_is_dead_letters(place: Place) -> None:
     """As of an owner that is told of another replica's entry: what they know must not let them pass the fence."""
     person = await place.mine.take()
-    await place.other.persons.end(place.key)
+    await end(place.other, place.key, is_forgotten=False)
     await person.read_newest()
-    assert person.status is Status.ENDED
+    assert person.gone == "not_bound"
     await place.mine.receive(words(1, 2))
     assert (await place.said(), await place.dead()) == ([["END"]], ["not_bound"] * 2)
 
@@ -318,7 +323,7 @@ async def test_an_answer_in_hand_of_who_learns_of_the_end_meanwhile_is_dead_lett
 async def test_a_second_answer_behind_the_end_is_dead_letters_too(place: Place) -> None:
     """As of a person with two bots, of which each has an answer in hand."""
     await place.mine.take()
-    await place.other.persons.end(place.key)
+    await end(place.other, place.key, is_forgotten=False)
     await place.mine.receive(words(1))
     await place.mine.receive(words(2))
     assert (await place.said(), await place.dead()) == ([["END"]], ["not_bound"] * 2)
@@ -434,7 +439,7 @@ async def test_what_is_stored_while_a_refused_write_is_looked_into_is_not_passed
 
     async def happen() -> None:
         if what == "an end":
-            await place.other.persons.end(place.key)
+            await end(place.other, place.key, is_forgotten=False)
             return
         await place.other.take(since=SINCE if what == "an entry" else SINCE + 1)
         await place.other.receive(words(2))
@@ -514,18 +519,17 @@ async def test_nothing_of_a_writer_comes_behind_the_end_of_a_time(place: Place, 
 
     async def write(bot: str) -> None:
         number, person = 10, persons[bot]
-        while person.status is not Status.ENDED:
+        while not person.gone:
             await place.mine.receive(words(number, user=person.user), bot)
             number += 1
 
-    async def end(number: int, key: PersonKey) -> None:
+    async def end_soon(number: int, key: PersonKey) -> None:
         await asyncio.sleep(number % 7 * 0.002)
-        await place.other.persons.end(key)
-        await place.other.persons.forget(key)
+        await end(place.other, key)
 
     async def race(number: int, bot: str) -> None:
         async with asyncio.timeout(2 * PATIENCE_S):
-            await asyncio.gather(write(bot), end(number, persons[bot].key))
+            await asyncio.gather(write(bot), end_soon(number, persons[bot].key))
 
     numbered = list(enumerate(persons))
     for start in range(0, races, 10):

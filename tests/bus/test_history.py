@@ -124,29 +124,29 @@ async def test_a_replicated_history_ends_where_the_leader_has_no_more(
 
     monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
     asking = StreamHistory(rig.connection, replicated=True)
-    found = [stored.data async for stored in asking.read(NAMES.stream_ctl, NAMES.bind)]
+    found = [stored.data async for stored in asking.read(NAMES.stream_out, NAMES.out_plain)]
     assert (found, asked) == ([b"0", b"1", b"2"], 2)
 
 
 async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
     asking = StreamHistory(rig.connection, replicated=True)
     await control(rig, *(str(number) for number in range(450)))
-    first = await rig.first(NAMES.stream_ctl)
+    first = await rig.first(NAMES.stream_out)
     moment_ms = SystemClock().now_ms() + 1000
     for stream, subject, bounds in (
-        (NAMES.stream_ctl, NAMES.bind, {}),
-        (NAMES.stream_ctl, NAMES.bind, {"after": first + 448}),
-        (NAMES.stream_ctl, NAMES.bind, {"after": first + 449}),
-        (NAMES.stream_ctl, NAMES.bind, {"since_ms": 1}),
-        (NAMES.stream_ctl, NAMES.bind, {"since_ms": moment_ms}),
-        (NAMES.stream_ctl, NAMES.unbind, {}),
+        (NAMES.stream_out, NAMES.out_plain, {}),
+        (NAMES.stream_out, NAMES.out_plain, {"after": first + 448}),
+        (NAMES.stream_out, NAMES.out_plain, {"after": first + 449}),
+        (NAMES.stream_out, NAMES.out_plain, {"since_ms": 1}),
+        (NAMES.stream_out, NAMES.out_plain, {"since_ms": moment_ms}),
+        (NAMES.stream_out, NAMES.out_of_sandbox("s1"), {}),
     ):
         found = [stored.seq async for stored in asking.read(stream, subject, **bounds)]
         assert found == [stored.seq async for stored in rig.history.read(stream, subject, **bounds)]
-    last = await asking.read_last(NAMES.stream_ctl, NAMES.bind)
+    last = await asking.read_last(NAMES.stream_out, NAMES.out_plain)
     assert last is not None
     assert (last.seq, last.data) == (first + 449, b"449")
-    assert await asking.read_last(NAMES.stream_ctl, NAMES.unbind) is None
+    assert await asking.read_last(NAMES.stream_out, NAMES.out_of_sandbox("s1")) is None
 
 
 async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -> None:

@@ -25,7 +25,6 @@ SUBJECTS = {
     NAMES.stream_event: NAMES.event("s1", "receipt"),
     NAMES.stream_dead: NAMES.dead_letters(NAMES.stream_in),
     NAMES.stream_out: NAMES.out("s1"),
-    NAMES.stream_ctl: NAMES.unbind,
 }
 """One of each stream that the adapter publishes to."""
 

@@ -17,7 +17,6 @@ from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
     BotStatus,
-    ControlAnswer,
     Outbound,
     Receipt,
     Unbind,
@@ -41,7 +40,8 @@ class StandIn:
     def __init__(self, bus: BusConnection) -> None:
         self._bus = bus
         self.bindings: list[BindingInfo] = []
-        self.control = ControlAnswer(ok=True)
+        self.control = Receipt(command="", sandbox="s1", outcome="applied")
+        """The receipt of a bind or unbind."""
         self.receipts: Callable[[Outbound], Sequence[Receipt]] = lambda _: []
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []
@@ -53,8 +53,8 @@ class StandIn:
 
     async def start(self) -> None:
         names, nc = self._bus.names, self._bus.nc
-        await nc.subscribe(names.bind, cb=self._on_bind)
-        await nc.subscribe(names.unbind, cb=self._on_unbind)
+        await nc.subscribe(names.said("bind", "*"), cb=self._on_bind)
+        await nc.subscribe(names.said("unbind", "*"), cb=self._on_unbind)
         await nc.subscribe(names.out("*"), cb=self._on_out)
         await nc.subscribe(names.svc("bindings.list"), cb=self._on_list)
         await nc.subscribe("$SRV.PING.wechat-nats", cb=self._on_ping)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import re
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from adapter.contract.messages import (
     BindingHealth,
     BindingInfo,
     BotStatus,
-    ControlAnswer,
+    Receipt,
     Unbind,
     Window,
 )
@@ -30,7 +29,7 @@ from tests.cli.process import on_terminal, seen, started
 from tests.cli.standin import answering
 
 TOKEN = "bot1@im.bot:secret-of-the-bot"
-BOUND = BindingInfo(sandbox="s1", bot="bot1@im.bot", user="user1@im.wechat", since_ms=1_760_000_000_000)
+UNBOUND = Receipt(command="r1", sandbox="s1", outcome="applied", bots=["bot1@im.bot"])
 
 
 @pytest.fixture
@@ -46,19 +45,18 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(
     result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--timeout", "0.1")
     assert result.code == 4
     assert "Stored" in result.err
-    assert "takes effect when one runs" in result.err
-    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_ctl, ">")
+    assert "takes effect when an adapter runs" in result.err
+    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_out, ">")
+    assert (stored.subject or "").endswith(".bind.s1")
     request = msgspec.json.decode(stored.data or b"", type=Bind)
-    assert (request.sandbox, request.bot, request.bot_token) == ("s1", "bot1@im.bot", TOKEN)
+    assert (request.bot, request.bot_token) == ("bot1@im.bot", TOKEN)
     assert (stored.headers or {})[H_MSG_ID] == request.id
     assert (stored.headers or {})[H_REPLY_TO].startswith("_INBOX.")
 
 
-async def test_bind_shows_what_is_bound_now(
-    cli: Command, bus: BusConnection, token_file: str, tmp_path: Path
-) -> None:
+async def test_bind_shows_what_it_has_done(cli: Command, bus: BusConnection, token_file: str, tmp_path: Path) -> None:
     async with answering(bus) as adapter:
-        adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
+        adapter.control = Receipt(command="r1", sandbox="s1", outcome="applied", bots=["bot0@im.bot"])
         options = (
             "--user",
             "user1@im.wechat",
@@ -68,8 +66,7 @@ async def test_bind_shows_what_is_bound_now(
         )
         result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
     assert result.code == 0
-    assert "s1       bot1@im.bot  user1@im.wechat  active" in result.out
-    assert "replaced  bot0@im.bot" in result.out
+    assert result.out == "replaced  bot0@im.bot\nbot1@im.bot serves s1.\n"
     assert "secret" not in result.out + result.err
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
@@ -115,9 +112,9 @@ async def test_the_token_may_come_from_standard_input(bus: BusConnection) -> Non
 
 async def test_an_unbind_of_what_is_not_bound_does_not_say_that_it_unbound(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
-        assert (await cli("unbind", "s1")).out == "Nothing was bound.\n"
-        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
-        assert (await cli("unbind", "s1")).out.endswith("\nunbound.\n")
+        assert (await cli("unbind", "s1", "--all")).out == "Nothing was bound.\n"
+        adapter.control = UNBOUND
+        assert (await cli("unbind", "s1", "--all")).out == "unbound  bot1@im.bot\nUnbound.\n"
 
 
 async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: BusConnection) -> None:
@@ -131,7 +128,7 @@ async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: BusConnec
     async with answering(bus) as adapter, on_terminal("bind", "s1", "bot1@im.bot") as (process, main):
         shown = await seen(main, b"not shown")
         os.write(main, TOKEN.encode() + b"\n")
-        shown += await seen(main, b"bound.")
+        shown += await seen(main, b"bot1@im.bot serves s1.")
         assert await process.wait() == 0
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
@@ -141,14 +138,28 @@ async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: BusConnec
 
 async def test_unbind_one_or_all(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
-        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
-        assert (await cli("unbind", "s1")).code == 0
+        adapter.control = UNBOUND
+        assert (await cli("unbind", "s1", "--all")).code == 0
         result = await cli("unbind", "s1", "bot1@im.bot", "--json")
-    assert result.rows[0]["bindings"][0]["bot"] == "bot1@im.bot"
+        for neither in ((), ("bot1@im.bot", "--all")):
+            assert (await cli("unbind", "s1", *neither)).code == 2
+    assert result.rows[0]["bots"] == ["bot1@im.bot"]
     one, other = adapter.asked
     assert isinstance(one, Unbind)
     assert isinstance(other, Unbind)
-    assert (one.bot, other.bot) == (None, "bot1@im.bot")
+    assert ((one.bot, one.all), (other.bot, other.all)) == ((None, True), ("bot1@im.bot", False))
+
+
+async def test_a_bind_that_is_refused_is_1_and_says_what_to_do(
+    cli: Command, bus: BusConnection, token_file: str
+) -> None:
+    async with answering(bus) as adapter:
+        advice = "The bot serves another sandbox: unbind it there first."
+        adapter.control = Receipt(
+            command="r1", sandbox="s1", outcome="refused", reason="bound_elsewhere", detail=advice
+        )
+        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file)
+    assert (result.code, result.out, advice in result.err) == (1, "", True)
 
 
 async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: BusConnection) -> None:
@@ -230,23 +241,7 @@ async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(
     cli: Command, bus: BusConnection, token_file: str
 ) -> None:
     async with answering(bus) as adapter:
-        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
         arguments = ("bind", "s1", "bot1@im.bot", "--token-file", token_file)
         assert "iLink gave no answer" in (await cli(*arguments)).err
         assert (await cli(*arguments, "--no-check")).err == ""
     assert [asked.check for asked in adapter.asked if isinstance(asked, Bind)] == [True, False]
-
-
-async def test_a_bot_is_moved_after_a_question(bus: BusConnection, token_file: str) -> None:
-    for answer, moved in (b"n\n", 0), (b"y\n", 1):
-        async with answering(bus) as adapter:
-            adapter.bindings = [BOUND]
-            main, terminal = pty.openpty()
-            arguments = ("bind", "s2", "bot1@im.bot", "--token-file", token_file)
-            async with started(*arguments, stdin=terminal, stderr=terminal) as process:
-                os.close(terminal)
-                assert b"bot1@im.bot serves s1: move it to s2?" in await seen(main, b"[y/N]")
-                os.write(main, answer)
-                assert await process.wait() == 1 - moved
-            os.close(main)
-        assert len(adapter.asked) == moved

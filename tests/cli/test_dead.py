@@ -26,7 +26,7 @@ from adapter.jetstream.client import parse_headers
 from adapter.security.seal import Sealer, dead_context
 from tests.cli.conftest import Command
 
-OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"
+OUT, IN = "WECHAT_OUT", "WECHAT_IN"
 KEY = bytes(32)
 
 
@@ -46,7 +46,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
         H_TIME_MS: "1760000000000",
         H_MSG_ID: f"original-{subject}-{len(body)}",
         H_TRACEPARENT: "00-x",
-        **({H_SANDBOX: subject.split(".")[2]} if subject.count(".") > 1 and stream != CTL else {}),
+        **({H_SANDBOX: subject.split(".")[2]} if subject.count(".") > 1 else {}),
         **extra,
     }
     if stream == IN:
@@ -113,8 +113,7 @@ async def test_an_authors_header_hides_no_command(cli: Command, bus: BusConnecti
 @pytest.mark.parametrize(
     ("stream", "body"),
     [
-        (CTL, b'{"sandbox":"s1","bot_token":"sesame"}'),
-        (CTL, b"sesame"),
+        (OUT, b'{"sandbox":"s1","bot_token":"sesame"}'),
         (IN, b'{"msgs":[{"context_token":"sesame", "text":"\xff'),
         (IN, b'{"msgs":[{"media":{"aes_key":"sesame"}}]}'),
         (OUT, b'{"Authorization":"sesame'),
@@ -127,7 +126,7 @@ async def test_an_authors_header_hides_no_command(cli: Command, bus: BusConnecti
 async def test_show_masks_what_opens_something(
     cli: Command, bus: BusConnection, stream: str, body: bytes, options: tuple[str, ...]
 ) -> None:
-    await die(bus, stream, "wechat.ctl.bind", body)
+    await die(bus, stream, "wechat.unbind.s1", body)
     result = await cli("dead", "show", "1", *options)
     assert result.code == 0
     assert "sesame" not in result.out
@@ -178,10 +177,11 @@ async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(
     assert (await cli("dead", "show", "1")).code == 0
 
 
-async def test_a_bind_can_be_retried_too(cli: Command, bus: BusConnection) -> None:
-    await die(bus, CTL, "wechat.ctl.bind", b"{}")
+async def test_an_unbind_can_be_retried_too(cli: Command, bus: BusConnection) -> None:
+    await die(bus, OUT, "wechat.unbind.s1", b'{"all":true}')
     assert (await cli("dead", "retry", "1")).code == 0
-    assert (await bus.nc.jetstream().get_last_msg(bus.names.stream_ctl, ">")).subject == "wechat.ctl.bind"
+    stored = await bus.nc.jetstream().get_last_msg(bus.names.stream_out, ">")
+    assert ((stored.subject or "").endswith(".unbind.s1"), stored.data) == (True, b'{"all":true}')
 
 
 async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: BusConnection) -> None:
@@ -191,7 +191,10 @@ async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: 
     assert (await bus.nc.jetstream().stream_info(bus.names.stream_out)).state.messages == 1
 
 
-@pytest.mark.parametrize("subject", ["wechat.inbox.s1.0123456789abcdef", "", "$KV.wechat_bindings.b"])
+@pytest.mark.parametrize(
+    "subject",
+    ["wechat.inbox.s1.0123456789abcdef", "", "$KV.wechat_bindings.b", "wechat.bind.s1", "wechat.erase.s1"],
+)
 async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: BusConnection, subject: str) -> None:
     await die(bus, IN, subject, b"{}")
     result = await cli("dead", "retry", "1")

@@ -280,8 +280,8 @@ async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command,
 
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: BusConnection) -> None:
     """Retention cannot become a work queue again in place."""
-    await bus.nc.jetstream().delete_stream(bus.names.stream_ctl)
-    await bus.nc.jetstream().add_stream(name=bus.names.stream_ctl, subjects=[bus.names.bind, bus.names.unbind])
+    await bus.nc.jetstream().delete_stream(bus.names.stream_out)
+    await bus.nc.jetstream().add_stream(name=bus.names.stream_out, subjects=[bus.names.out_plain, bus.names.out("*")])
     result = await cli("doctor", "--fix")
     assert result.code == 1
     assert "by hand" in result.err

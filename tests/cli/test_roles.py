@@ -67,7 +67,7 @@ FORBIDDEN = {
     "bindings": "wechat.svc.bindings.list",
     "send s2 hello --no-wait": "wechat.out.s2",
     "login s1": "wechat.svc.login.start",
-    "unbind s1": "wechat.ctl.unbind",
+    "unbind s1 --all": "wechat.unbind.s1",
     "queue drop 1": "$JS.API.STREAM.INFO.WECHAT_OUT",
     "dead ls": "$JS.API.STREAM.INFO.WECHAT_DEAD",
     "dead show 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
@@ -117,7 +117,7 @@ async def test_operators_may_ask_for_an_erasure_and_only_adapters_may_read_what_
 ) -> None:
     scene.enter("operator")
     asked = await cli("erase", "--user", "o9cq80demo@im.wechat", "--timeout", "0.5", "--yes")
-    assert (asked.code, await scene.stored(NAMES.stream_ctl)) == (4, 1)
+    assert (asked.code, await scene.stored(NAMES.stream_out)) == (4, 1)
     refused = await cli("export", "--user", "o9cq80demo@im.wechat")
     assert (refused.code, refused.out) == (1, "")
     assert "use credentials that may" in refused.err

@@ -306,7 +306,7 @@ async def binds(bridge: World, language: Language, cast: Cast) -> None:
         assert await bind.ended() == 0, bind.said
         assert bind.said == "bound\n"
     await until(lambda: bridge.sim.polls(bot.bot).total > 0, "the bot is polled")
-    async with language.run("onboard", "bind", "No.1", bot.bot, **environ) as bind:
+    async with language.run("onboard", "bind", "No-1", bot.bot, **environ) as bind:
         assert await bind.ended() == 1
         assert "sandbox" in bind.said
         assert "Traceback" not in bind.said

@@ -78,6 +78,7 @@ class Office:
             self.bench.leases,
             self.bench.presence,
             self.bench.bus,
+            self.bench.receipts,
             self.bench.names,
             self.bench.sealer,
             self.bench.clock,

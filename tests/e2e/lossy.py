@@ -20,6 +20,7 @@ class Loss:
         """All that comes behind it gets lost, too."""
         self._parts = parts
         self._skip = skip
+        self._lost: list[tuple[bytes, asyncio.StreamWriter]] = []
 
     def matches(self, message: bytes) -> bool:
         if self.has_happened or not all(part in message for part in self._parts):
@@ -27,6 +28,16 @@ class Loss:
         self.has_happened = self._skip == 0
         self._skip -= 1
         return self.has_happened
+
+    def keep(self, message: bytes, sink: asyncio.StreamWriter) -> None:
+        self._lost.append((message, sink))
+
+    async def arrive(self) -> None:
+        """What got lost was only late: it comes now, on the connection it was sent on."""
+        for message, sink in self._lost:
+            sink.write(message)
+            await sink.drain()
+        self._lost.clear()
 
 
 class Lossy(Hole):
@@ -54,7 +65,9 @@ class Lossy(Hole):
                 message = line
                 if verb in CARRIERS:
                     message += await source.readexactly(int(rest[-1]) + 2)
-                if any(loss.matches(message) or (loss.is_last and loss.has_happened) for loss in self._losses):
+                lost = (one for one in self._losses if one.matches(message) or (one.is_last and one.has_happened))
+                if (loss := next(lost, None)) is not None:
+                    loss.keep(message, sink)
                     continue
                 sink.write(message)
                 await sink.drain()

@@ -36,7 +36,7 @@ from nats.aio.msg import Msg
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.content.dedup import KEEP
-from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Options, Receipt, Unbind
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, Login, Options, Receipt, Unbind
 from adapter.contract.names import Names
 from adapter.environment import read_settings
 from adapter.jetstream import topology
@@ -231,26 +231,26 @@ class Soak:
         self.counts["commands"] += 1
         await self.nc.jetstream(timeout=10).publish(subject, msgspec.json.encode(body))
 
-    async def control(self, subject: str, command: Bind | Unbind) -> ControlAnswer:
+    async def control(self, sandbox: str, said: Bind | Unbind) -> None:
         inbox = self.nc.new_inbox()
         answers = await self.nc.subscribe(inbox, max_msgs=1)
         headers = {"Reply-To": inbox, "Nats-Msg-Id": inbox}
-        await self.nc.jetstream(timeout=10).publish(subject, msgspec.json.encode(command), headers=headers)
+        subject = NAMES.said(type(said).__name__.lower(), sandbox)
+        await self.nc.jetstream(timeout=10).publish(subject, msgspec.json.encode(said), headers=headers)
         message = await answers.next_msg(timeout=60)
-        answer = msgspec.json.decode(message.data, type=ControlAnswer)
-        assert answer.ok, answer
-        return answer
+        receipt = msgspec.json.decode(message.data, type=Receipt)
+        assert receipt.outcome == "applied", receipt
 
     async def bind(self, sandbox: str, bot: Bot, **options: Any) -> None:
         self.counts["binds"] += 1
         self._visitors.add(sandbox)
-        bind = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, options=Options(**options))
-        await self.control(NAMES.bind, bind)
+        bind = Bind(bot=bot.bot, bot_token=bot.token, user=bot.user, options=Options(**options))
+        await self.control(sandbox, bind)
 
     async def unbind(self, sandbox: str) -> None:
         self.counts["unbinds"] += 1
         self._visitors.discard(sandbox)
-        await self.control(NAMES.unbind, Unbind(sandbox=sandbox))
+        await self.control(sandbox, Unbind(all=True))
 
     async def ask(self, verb: str, **body: Any) -> Login:
         answer = await self.nc.request(NAMES.svc(verb), msgspec.json.encode(body), timeout=20)

@@ -49,7 +49,7 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             platform = await server.connect("platform")
             users = [sim.add_bot(), sim.add_bot()]
             for bot in users:
-                assert (await world.bind(platform.nc, "s1", bot)).ok
+                assert (await world.bind(platform.nc, "s1", bot)).outcome == "applied"
             environs = {name: {"NATS_URL": server.url, **server.users[name].environ} for name in ("s1", "s2")}
             for environ in environs.values():
                 del environ["NATS_INBOX_PREFIX"]

@@ -35,16 +35,16 @@ async def started(made: World) -> Client:
 
 
 async def test_a_bind_sent_while_no_adapter_runs_takes_effect_when_one_starts(tmp_path: Path) -> None:
-    """A command that is published right behind it may have meant nobody or somebody else, and is refused."""
+    """A command that was published before it meant nobody, or somebody else, and is refused."""
     async with world(tmp_path) as made:
         nc = await started(made)
         await until(lambda: "adapter.started" in made.adapters[0].log.read_text(), "streams are there")
         await made.adapters[0].kill()
         bot = made.sim.add_bot()
         made.bots["s1"] = bot
-        bind = Bind(sandbox="s1", bot=bot.bot, bot_token=bot.token, user=bot.user)
-        await nc.jetstream().publish(NAMES.bind, msgspec.json.encode(bind))
         await made.command(nc, "s1", "early")
+        bind = Bind(bot=bot.bot, bot_token=bot.token, user=bot.user)
+        await nc.jetstream().publish(NAMES.said("bind", "s1"), msgspec.json.encode(bind))
         await made.adapters[0].start()
         await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled")
         made.say("s1", "hello")
@@ -62,24 +62,22 @@ async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_command
         for bot in bots:
             await made.bind(nc, "s1", bot)
         await until(lambda: all(made.sim.online(bot.bot).online for bot in bots), "both told iLink that they poll")
-        unbind = Unbind(sandbox="s1")
-        answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(unbind))
-        assert sorted(binding.bot for binding in answer.bindings) == sorted(bot.bot for bot in bots)
+        receipt = await made.control(nc, "s1", Unbind(all=True))
+        assert sorted(receipt.bots) == sorted(bot.bot for bot in bots)
         await until(lambda: all(made.sim.polls(bot.bot).now == 0 for bot in bots), "no poll is open")
         await until(
             lambda: not any(made.sim.online(bot.bot).online for bot in bots), "both told iLink that they stopped"
         )
         await made.command(nc, "s1", "late")
         await made.settle(nc)
-        (receipt,) = await made.receipts(nc)
-        assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
+        (late,) = await made.receipts(nc)
+        assert (late.outcome, late.reason) == ("refused", "not_bound")
 
 
 async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_path: Path) -> None:
-    """Of one that was unbound, and of one that has moved away."""
     async with world(tmp_path, parts={"unbound_s": 2}) as made:
         nc = await started(made)
-        sandboxes = ("unbound", "moves", "stays")
+        sandboxes = ("unbound", "stays")
         for sandbox in sandboxes:
             made.bots[sandbox] = made.sim.add_bot()
             await made.bind(nc, sandbox, made.bots[sandbox])
@@ -94,13 +92,12 @@ async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_pat
             return await records() == set(kept)
 
         await eventually(lambda: left(*sandboxes), "all have records")
-        await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="unbound")))
-        await made.bind(nc, "moved", made.bots["moves"])
+        await made.control(nc, "unbound", Unbind(all=True))
         await eventually(lambda: left("stays"), "what is not served is gone")
 
         async def unmarked() -> bool:
             found = await stream(nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>")
-            return len(found) == 1 + 2  # the layout key, and two bindings
+            return len(found) == 1 + 1  # the layout key, and one binding
 
         await eventually(unmarked, "so is the mark")
         assert made.adapters[0].said("bucket.incomplete") == 0

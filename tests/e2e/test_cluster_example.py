@@ -63,7 +63,7 @@ async def test_the_sizes_of_the_example_are_enough_and_one_server_may_die(
         nc = await made.nc()
         live = await nc.subscribe(NAMES.live("s1"))
         receipts = await nc.subscribe(NAMES.receipts("s1"))
-        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).outcome == "applied"
         info = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.INFO.{NAMES.stream_in}")).data)
         assert len(info["cluster"]["replicas"]) == 2
         for text in ("of three", "of two"):

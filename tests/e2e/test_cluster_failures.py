@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from nats.errors import Error as NatsError
 
+from adapter.contract.messages import Unbind
 from tests.e2e.busy import BOTS, faultless, polled_anew, running, talking
 from tests.e2e.reading import inbox
 from tests.e2e.world import NAMES, eventually, load, until, world
@@ -88,7 +89,7 @@ async def test_a_server_that_is_down_delays_no_bind(tmp_path: Path) -> None:
     async with world(tmp_path, clustered=True) as made:
         await made.add_adapter()
         nc = await made.nc()
-        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).outcome == "applied"
         made.say("s1", "hello")
         await made.settle(nc)
         (await made.cluster.leader(f"KV_{NAMES.readers}")).kill()
@@ -101,7 +102,7 @@ async def test_a_server_that_is_down_delays_no_bind(tmp_path: Path) -> None:
             return False
 
         await eventually(is_connected, "the test has another server")
-        assert (await made.control(nc, NAMES.unbind, b'{"sandbox":"s1","id":"u1"}')).ok
-        assert (await made.bind(nc, "s2", made.sim.add_bot())).ok
-        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert (await made.control(nc, "s1", Unbind(all=True))).outcome == "applied"
+        assert (await made.bind(nc, "s2", made.sim.add_bot())).outcome == "applied"
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).outcome == "applied"
         assert await inbox(nc, "s1") == []

@@ -100,15 +100,16 @@ async def test_the_log_shows_by_its_id_what_became_of_each_message_and_command(t
         ):
             await publish(NAMES.out("s1"), msgspec.json.encode(body))
         adapter = made.adapters[0]
-        await until(lambda: len(adapter.lines("receipt.stored")) == 3, "each has a receipt")
+        await until(lambda: len(adapter.lines("receipt.stored")) == 4, "each has a receipt, the bind, too")
         made.say("s1", "go on")
-        await until(lambda: len(adapter.lines("receipt.stored")) == 4, "the parked one is sent")
+        await until(lambda: len(adapter.lines("receipt.stored")) == 5, "the parked one is sent")
         await publish(NAMES.out("s1"), msgspec.json.encode({"id": "parked", "text": "canary"}))
-        await until(lambda: len(adapter.lines("receipt.stored")) == 5, "one is repeated")
+        await until(lambda: len(adapter.lines("receipt.stored")) == 6, "one is repeated")
         log = adapter.log.read_text()
     (published,) = [line for line in adapter.lines("inbound.published") if message in line["messages"]]
     assert published["sandbox"] == "s1"
     logged = [(line["command"], line["outcome"], line["reply_to"]) for line in adapter.lines("receipt.stored")]
+    assert logged.pop(0)[1] == "applied"
     assert sorted(logged) == [
         ("parked", "accepted", ""),
         ("parked", "accepted", message),

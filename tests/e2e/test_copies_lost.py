@@ -70,7 +70,7 @@ async def caught_up(made: World) -> None:
 
 async def served(made: World, sandbox: str) -> None:
     nc = await made.nc()
-    assert (await made.bind(nc, sandbox, made.sim.add_bot())).ok
+    assert (await made.bind(nc, sandbox, made.sim.add_bot())).outcome == "applied"
     made.say(sandbox, "hello")
     await made.settle(nc)
     await nc.close()

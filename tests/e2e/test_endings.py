@@ -65,7 +65,7 @@ async def test_sigterm_ends_a_replica_whatever_is_gone(
             await until(lambda: made.sim.stats().parked == 1, "a poll waits")
 
         async def is_bind_deleted() -> bool:
-            return not await stream(nc, NAMES.stream_ctl, ">")
+            return not await stream(nc, NAMES.stream_out, ">")
 
         await eventually(is_bind_deleted, "its token is on no disk any more")
         if nats == "killed":

@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract.messages import ControlAnswer, Erase
+from adapter.contract.messages import Erase, Receipt
 from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 STREAMS = (
-    *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
+    *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_event, NAMES.stream_dead),
     *(f"KV_{NAMES.persons}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
 )
 
@@ -34,7 +34,7 @@ async def talked(made: World, nc: Client, sandboxes: int) -> dict[str, BotRecord
     for number in range(sandboxes):
         sandbox = f"s{number}"
         bots[sandbox] = made.sim.add_bot()
-        assert (await made.bind(nc, sandbox, bots[sandbox])).ok
+        assert (await made.bind(nc, sandbox, bots[sandbox])).outcome == "applied"
         for text in ("one", "two", "three"):
             made.say(sandbox, f"secret {text} of {sandbox}.")
     await made.settle(nc)
@@ -44,19 +44,10 @@ async def talked(made: World, nc: Client, sandboxes: int) -> dict[str, BotRecord
     return bots
 
 
-async def erase(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlAnswer:
-    return await made.control(nc, NAMES.erase, msgspec.json.encode(Erase(user=bot.user, id=ident)))
-
-
-async def erased(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlAnswer:
-    """The answer of the request that finished. One that partition 0 leaves, or whose owner died, says so."""
-    answer, number = await erase(made, nc, bot, ident), 0
-    while not answer.ok:
-        assert "erase again" in answer.error
-        await asyncio.sleep(1)
-        number += 1
-        answer = await erase(made, nc, bot, f"{ident}-{number}")
-    return answer
+async def erase(made: World, nc: Client, bot: BotRecord, sandbox: str = "_") -> Receipt:
+    receipt = await made.control(nc, sandbox, Erase(user=bot.user))
+    assert receipt.outcome == "applied", receipt
+    return receipt
 
 
 async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> None:
@@ -67,7 +58,7 @@ async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> 
         nc = await made.nc()
         bots = await talked(made, nc, 6)
         for sandbox, bot in [*bots.items()][:3]:
-            assert (await erased(made, nc, bot, sandbox)).left == {}
+            assert (await erase(made, nc, bot, sandbox if sandbox == "s0" else "_")).left == {}
         gone = [word for s in ("s0", "s1", "s2") for word in (bots[s].user, bots[s].bot, f"of {s}.", f"answer a-{s}")]
         assert await naming(nc, *gone) == []
         for adapter in made.adapters:  # what they have in memory, they write as they stop
@@ -100,9 +91,9 @@ async def test_a_person_is_erased_while_everybody_writes(tmp_path: Path) -> None
         async with asyncio.TaskGroup() as group:
             talking = {sandbox: group.create_task(talk(sandbox)) for sandbox in bots}
             await until(lambda: len(made.said["s0"]) > 100, "they talk")
-            answer = await erased(made, nc, bots["s0"], "e")
+            receipt = await erase(made, nc, bots["s0"])
             is_erased.set()
-        assert answer.left == {}
+        assert receipt.left == {}
         del made.said["s0"], made.sent["s0"]
         await made.settle(nc)
         assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.") == []
@@ -116,37 +107,40 @@ async def test_an_erasure_waits_for_a_send_under_way(tmp_path: Path) -> None:
     async with world(tmp_path, send_latency_ms=4000) as made:
         await made.add_adapter()
         nc, bot = await made.nc(), made.sim.add_bot()
-        assert (await made.bind(nc, "s0", bot)).ok
+        assert (await made.bind(nc, "s0", bot)).outcome == "applied"
         made.say("s0", "secret one of s0.")
         await made.settle(nc)
         await made.command(nc, "s0", "a-s0")
         await until(lambda: bool(made.sim.calls(bot.bot, "sendmessage")), "the request is out")
-        answer = await erase(made, nc, bot, "e")
-        assert (answer.ok, answer.left) == (True, {})
+        assert (await erase(made, nc, bot)).left == {}
         made.adapters[0].signal(15)  # what it has in memory, it writes as it stops
         assert await made.adapters[0].ended() == 0
         assert await naming(nc, bot.user, bot.bot, "of s0.", "answer a-s0") == []
         await nc.close()
 
 
-async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_next_request(tmp_path: Path) -> None:
+async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_next_one(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         await made.add_adapter()
         nc = await made.nc()
         bots = await talked(made, nc, 2)
         payload = msgspec.json.encode(Erase(user=bots["s0"].user, id="first"))
-        await nc.jetstream().publish(NAMES.erase, payload)
+        await nc.jetstream().publish(NAMES.said("erase", "_"), payload)
 
-        async def is_closing() -> bool:
+        async def is_ending() -> bool:
             stored = await stream(
                 nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.{to_subject_token(bots['s0'].bot)}"
             )
-            return not stored[-1][1] or b'"closing"' in stored[-1][1]
+            return not stored[-1][1]
 
-        await eventually(is_closing, "the person's binding ends")
+        await eventually(is_ending, "the person's binding ends")
         await made.adapters[0].kill()
         await made.adapters[0].start()
-        await erased(made, nc, bots["s0"], "second")
+
+        async def is_over() -> bool:
+            return not await stream(nc, NAMES.stream_out, ">")
+
+        await eventually(is_over, "it is carried on")
         assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.", "answer a-s0") == []
         assert len(await naming(nc, "of s1.")) >= 1
         await nc.close()
@@ -158,7 +152,7 @@ async def test_what_an_erased_person_wrote_is_not_on_the_servers_disk(tmp_path: 
         nc = await made.nc()
         bots = await talked(made, nc, 2)
         assert on_disk(made, b"of s0.")
-        assert (await erase(made, nc, bots["s0"], "e")).ok
+        await erase(made, nc, bots["s0"])
         assert on_disk(made, b"of s0.") == []
         assert on_disk(made, b"of s1.")
         await nc.close()

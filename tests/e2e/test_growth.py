@@ -23,7 +23,7 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, Options, Receipt, Unbind
 from adapter.contract.names import Names
 from adapter.replica.app import run_replica
 from adapter.replica.wiring import Replica
@@ -98,8 +98,9 @@ class Visitors:
         heard = await nc.subscribe(NAMES.live("*"))
         for sandbox in sandboxes:
             bot = (await http.post("add_bot", json={})).json()
-            bind = Bind(sandbox=sandbox, bot=bot["bot"], bot_token=bot["token"], user=bot["user"])
-            await control(nc, NAMES.bind, msgspec.structs.replace(bind, options=Options(auto_typing=True)))
+            options = Options(auto_typing=True)
+            bind = Bind(bot=bot["bot"], bot_token=bot["token"], user=bot["user"], options=options)
+            await control(nc, sandbox, bind)
             for kind in ("image", "quote_full"):
                 await http.post("say_kind", json={"to": bot["bot"], "kind": kind})
         for _ in range(2 * USERS):
@@ -112,7 +113,7 @@ class Visitors:
                 await nc.jetstream().publish(NAMES.out(sandbox), data)
         await until(lambda: not open_, "every command has its receipt")
         for sandbox in sandboxes:
-            await control(nc, NAMES.unbind, Unbind(sandbox=sandbox))
+            await control(nc, sandbox, Unbind(all=True))
 
     async def _is_empty(self) -> bool:
         adapter = self.adapter
@@ -153,13 +154,14 @@ async def calm(adapter: Replica, *, wanted: int = 0) -> int:
     return seen
 
 
-async def control(nc: Client, subject: str, command: Bind | Unbind) -> None:
+async def control(nc: Client, sandbox: str, said: Bind | Unbind) -> None:
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox, max_msgs=1)
     headers = {"Reply-To": inbox, "Nats-Msg-Id": inbox}
-    await nc.jetstream().publish(subject, msgspec.json.encode(command), headers=headers)
-    answer = msgspec.json.decode((await answers.next_msg(timeout=60)).data, type=ControlAnswer)
-    assert answer.ok, answer
+    subject = NAMES.said(type(said).__name__.lower(), sandbox)
+    await nc.jetstream().publish(subject, msgspec.json.encode(said), headers=headers)
+    receipt = msgspec.json.decode((await answers.next_msg(timeout=60)).data, type=Receipt)
+    assert receipt.outcome == "applied", receipt
 
 
 @pytest.mark.slow

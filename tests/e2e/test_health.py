@@ -119,8 +119,8 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
 
 async def _bind(url: str, bot: str, token: str, user: str) -> None:
     nc = await nats.connect(url)
-    body = {"sandbox": "s1", "bot": bot, "bot_token": token, "user": user}
-    await nc.jetstream().publish("wechat.ctl.bind", json.dumps(body).encode())
+    body = {"bot": bot, "bot_token": token, "user": user}
+    await nc.jetstream().publish("wechat.bind.s1", json.dumps(body).encode())
     await nc.close()
 
 

@@ -76,7 +76,7 @@ async def test_a_sandbox_behind_a_leaf_node_receives_answers_and_reads_again(tmp
         nc = await behind_the_leaf(made, hub)
         live = await nc.subscribe(NAMES.live("s1"))
         receipts = await nc.subscribe(NAMES.receipts("s1"))
-        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).outcome == "applied"
         made.say("s1", "hello")
         message = msgspec.json.decode((await live.next_msg(timeout=30)).data, type=Inbound)
         assert message.text == "hello"

@@ -12,7 +12,7 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.bridge.media import WHY
-from adapter.contract.messages import Inbound, InboundItem, Media, TextItem, VoiceItem
+from adapter.contract.messages import Inbound, InboundItem, Media, TextItem, Unbind, VoiceItem
 from adapter.contract.names import H_DURATION_MS, H_MIME, H_NAME
 from adapter.simulator import FaultRule, samples
 from tests.e2e.reading import arrived, inbox
@@ -213,6 +213,7 @@ async def test_after_an_unbind_no_media_of_the_person_are_stored(tmp_path: Path)
         bot = made.bots["s1"]
         await hanging(made, bot.bot, hang_ms=5000)
         await arrived(nc, "s1", 1)
+        assert (await made.control(nc, "s1", Unbind(all=True))).outcome == "applied"
         await made.bind(nc, "s2", bot)
 
         async def has_ended() -> bool:

@@ -135,11 +135,11 @@ async def operator(made: World, *command: str) -> str:
 
 
 async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None:
-    """The router's, the control commands' and every partition's, thrice, under load."""
+    """The router's and every partition's, thrice, under load."""
     async with running(tmp_path) as (made, nc, adapter):
         loading = asyncio.create_task(loaded(made, nc, 10, pause_s=0.3))
         names = [f"{NAMES.stream_out}.{partition_consumer(NAMES.partition_of(sandbox))}" for sandbox in made.bots]
-        names += [f"{NAMES.stream_out}.router", f"{NAMES.stream_ctl}.control"]
+        names.append(f"{NAMES.stream_out}.router")
         at_start = adapter.said("consumer.created")
         for times in range(1, 4):
             reached = sum(map(len, made.sent.values())) + 2 * BOTS
@@ -152,7 +152,7 @@ async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None
             created = at_start + times * len(names)
             await until(lambda created=created: adapter.said("consumer.created") == created, "all are back")  # type: ignore[misc]
         await loading
-        assert (await made.bind(nc, "later", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "later", made.sim.add_bot())).outcome == "applied"
         await faultless(made, nc)
         assert await adapter.unready() == {}
 
@@ -239,7 +239,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         await loaded(made, nc, 3)
         await made.settle(nc)
         assert (await audit(made, nc)).faults() == []
-        gone = (NAMES.stream_out, NAMES.stream_in, NAMES.stream_ctl, f"KV_{NAMES.leases}")
+        gone = (NAMES.stream_out, NAMES.stream_in, f"KV_{NAMES.leases}")
         for name in gone:
             assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
 
@@ -259,7 +259,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
         assert made.sim.stats().polls >= polls
         await loaded(made, nc, 3, first=3)
         await faultless(made, nc)
-        assert (await made.bind(nc, "later", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "later", made.sim.add_bot())).outcome == "applied"
 
 
 async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:

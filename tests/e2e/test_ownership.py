@@ -15,17 +15,19 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
+from adapter.contract.messages import Unbind
 from adapter.contract.records import Lease
 from tests.e2e.audit import Said, audit
 from tests.e2e.hole import Hole
 from tests.e2e.lossy import Lossy
-from tests.e2e.reading import NAMES, stream
+from tests.e2e.reading import NAMES, inbox, stream
 from tests.e2e.test_nats_failures import change
 from tests.e2e.world import AdapterProcess, World, eventually, time_ms, until, world
 
 BOTS = 16
 HOLD_MS = 1500
 LEASE_S = "4"
+ENTRY, RECORD = b"HPUB wechat.inbox.", b"HPUB $KV.wechat_persons."
 FORGETS_S = 1.0
 """After this time the inboxes' stream stores a message once more, though its id was there."""
 
@@ -185,6 +187,53 @@ async def test_a_publish_that_a_stopped_replica_repeats_is_stored_once(tmp_path:
         result = await audit(made, nc, may_be_late=late)
         assert result.faults() == []
         assert result.stored == 4
+
+
+@pytest.mark.parametrize("what", [ENTRY, RECORD], ids=["an-entry", "a-record"])
+@pytest.mark.parametrize("who", ["another", "the-same"])
+async def test_what_a_stopped_replica_stores_of_a_person_who_has_left_is_refused(
+    tmp_path: Path, who: str, what: bytes
+) -> None:
+    """It is on its way while another replica unbinds the person and binds the next one, or the same one again; it was
+    the person's first, so that the server knows of none before it."""
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made, Lossy(made.url) as lossy:
+        nc, bot = await made.nc(), made.sim.add_bot()
+        first = await made.add_adapter(NATS_URL=lossy.url, WECHAT_NATS_LEASE_S=LEASE_S)
+        assert (await made.bind(nc, "s1", bot)).outcome == "applied"
+        await forget_ids_soon(nc)
+        await until(lambda: made.sim.stats().parked == 1, "it is polled")
+        late = lossy.lose(what)
+        made.say("s1", "of who leaves")
+        if what == RECORD:
+            await made.settle(nc)
+            await made.command(nc, "s1", "c1")  # what it may send is in the record before it is sent
+        await until(lambda: late.has_happened, "it is on its way")
+        first.signal(signal.SIGSTOP)
+
+        await made.add_adapter(WECHAT_NATS_LEASE_S=LEASE_S)
+        assert (await made.control(nc, "s1", Unbind(all=True))).bots == [bot.bot]
+        if who == "another":
+            bot = made.sim.add_bot()
+        assert (await made.bind(nc, "s1", bot)).outcome == "applied"
+        if who == "the-same":
+
+            async def is_told_again() -> bool:
+                return [message.text for message in await inbox(nc, "s1")] == ["of who leaves"]
+
+            await eventually(is_told_again, "iLink has told it again to whom it was written")
+        before = [await stream(nc, NAMES.stream_in, ">"), await records(nc, NAMES.persons)]
+        refusal = lossy.lose(b"wrong last")
+        await late.arrive()
+        await until(lambda: refusal.has_happened, "the server refuses it")
+        assert [await stream(nc, NAMES.stream_in, ">"), await records(nc, NAMES.persons)] == before
+        first.signal(signal.SIGCONT)
+        await until(lambda: times(first, "lease.lost") != [], "it knows that it has lost the bot")
+        made.say("s1", "of the next one")
+        await made.settle(nc, lossy=True)
+        texts = [message.text for message in await inbox(nc, "s1")]
+        assert texts.count("of the next one") == 1
+        assert texts.count("of who leaves") == (who == "the-same")
+        assert made.sim.violations(kind="concurrent_polls") == []
 
 
 async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twice(tmp_path: Path) -> None:

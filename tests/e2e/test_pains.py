@@ -471,7 +471,8 @@ async def test_pain_20_one_can_see_what_happens_and_no_secret_with_it(tmp_path: 
         assert metrics['inbound_messages_total{kind="text",outcome="published"}'] == 1
         assert metrics['outbound_messages_total{kind="text",outcome="accepted",reason="none"}'] == 1
         assert metrics['outbound_messages_total{kind="unreadable",outcome="refused",reason="invalid"}'] == 1
-        assert metrics["outbound_received_total"] == metrics['receipts_total{outcome="accepted"}'] + 1
+        ended = [metrics[f'receipts_total{{outcome="{each}"}}'] for each in ("applied", "accepted", "refused")]
+        assert (metrics["outbound_received_total"], ended) == (3, [1, 1, 1])
         for secret in ("canary", s.bot.token.partition(":")[2], s.made.sim.inbound(s.bot.bot)[0].context_token):
             assert secret not in log
 

@@ -13,7 +13,6 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract.messages import Bind, Erase, Inbound, Receipt, ReplayPage, ReplayQuery, Unbind
-from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
 from tests.e2e.asker import Asker
 from tests.e2e.reading import inbox
@@ -42,8 +41,8 @@ async def says(made: World, nc: Client, text: str) -> Inbound:
 
 
 async def unbind(made: World, nc: Client, **fields: Any) -> None:
-    answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="s1", **fields)))
-    assert answer.bindings
+    receipt = await made.control(nc, "s1", Unbind(**(fields or {"all": True})))
+    assert receipt.bots
 
 
 async def outcome(made: World, nc: Client, ident: str, **body: Any) -> Receipt:
@@ -64,7 +63,7 @@ async def begun(made: World) -> tuple[Client, BotRecord]:
     """A sandbox and its first person."""
     await made.add_adapter()
     nc, bot = await made.nc(), made.sim.add_bot()
-    assert (await made.bind(nc, "s1", bot)).ok
+    assert (await made.bind(nc, "s1", bot)).outcome == "applied"
     return nc, bot
 
 
@@ -79,7 +78,7 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         made.said.clear()
         assert await handed(agent) == []
         assert await replayed(nc) == []
-        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).outcome == "applied"
         assert await handed(agent) == []
         assert [await replayed(nc), await replayed(nc, after="1.0"), await replayed(nc, since_ms=1)] == [[], [], []]
         assert await inbox(nc, "s1") == []
@@ -104,8 +103,8 @@ async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one
         nc, old = await begun(made)
         agent = Asker(nc)
         before = await says(made, nc, "to the old bot")
-        answer = await made.bind(nc, "s1", made.sim.add_bot(user=old.user))
-        assert answer.replaced == [old.bot]
+        receipt = await made.bind(nc, "s1", made.sim.add_bot(user=old.user))
+        assert receipt.bots == [old.bot]
         assert await replayed(nc) == ["to the old bot"]
         assert await handed(agent) == ["to the old bot"]
         await says(made, nc, "to the new bot")
@@ -122,7 +121,7 @@ async def test_commands_that_wait_for_who_leaves_end(tmp_path: Path) -> None:
         assert (await outcome(made, nc, "waits")).outcome == "parked"
         await unbind(made, nc)
         assert [(one.outcome, one.reason) for one in await made.receipts(nc)][-1] == ("refused", "not_bound")
-        assert await stream(nc, NAMES.stream_out, f"{NAMES.out_plain}.>") == []
+        assert await stream(nc, NAMES.stream_out, ">") == []
         await made.bind(nc, "s1", bot)
         made.said.clear()
         await says(made, nc, "here I am again")
@@ -139,14 +138,13 @@ async def test_an_answer_that_comes_too_late_is_not_the_next_persons(tmp_path: P
         if leaves == "unbind":
             await unbind(made, nc)
         else:
-            answer = await made.control(nc, NAMES.erase, msgspec.json.encode(Erase(user=first.user)))
-            assert answer.ok
-            assert not answer.left
+            receipt = await made.control(nc, "_", Erase(user=first.user))
+            assert (receipt.outcome, receipt.left) == ("applied", {})
         await made.adapters[0].kill()
         js, second = nc.jetstream(), made.sim.add_bot()
         await js.publish(NAMES.out("s1"), b'{"id":"late","text":"for the first only"}')
-        bind = Bind(sandbox="s1", bot=second.bot, bot_token=second.token, user=second.user)
-        await js.publish(NAMES.bind, msgspec.json.encode(bind))
+        bind = Bind(bot=second.bot, bot_token=second.token, user=second.user)
+        await js.publish(NAMES.said("bind", "s1"), msgspec.json.encode(bind))
         made.said.clear()
         made.sim.say(second.bot, "hi")
         await made.adapters[0].start()
@@ -166,23 +164,17 @@ async def test_an_answer_that_crosses_the_next_persons_bind_is_not_theirs(tmp_pa
         early = 0
         for number in range(30):
             sandbox, first, second = f"s{number}", made.sim.add_bot(), made.sim.add_bot()
-            assert (await made.bind(nc, sandbox, first)).ok
-            await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox=sandbox)))
+            assert (await made.bind(nc, sandbox, first)).outcome == "applied"
+            await made.control(nc, sandbox, Unbind(all=True))
             made.bots[sandbox] = second
             made.sim.say(second.bot, "hi")
-            bind = Bind(sandbox=sandbox, bot=second.bot, bot_token=second.token, user=second.user)
+            bind = Bind(bot=second.bot, bot_token=second.token, user=second.user)
 
             async def answer(sandbox: str, late_s: float) -> None:
                 await asyncio.sleep(late_s)
                 await js.publish(NAMES.out(sandbox), b'{"text":"for the first only"}')
 
-            await asyncio.gather(
-                answer(sandbox, chance.random() * 0.03), made.control(nc, NAMES.bind, msgspec.json.encode(bind))
-            )
-            key = f"$KV.{NAMES.bindings}.{to_subject_token(second.bot)}"
-            bound = await js.get_last_msg(f"KV_{NAMES.bindings}", key)
-            assert bound.time is not None
-            bound_ms = bound.time.timestamp() * 1000
+            _, bound = await asyncio.gather(answer(sandbox, chance.random() * 0.03), made.control(nc, sandbox, bind))
 
             found: list[Receipt] = []
 
@@ -192,7 +184,7 @@ async def test_an_answer_that_crosses_the_next_persons_bind_is_not_theirs(tmp_pa
 
             await eventually(partial(has_receipt, sandbox, found), "the answer has its receipt")
             receipt = found[-1]
-            if receipt.received_at_ms < int(bound_ms):
+            if receipt.sequence < bound.sequence:
                 early += 1
                 assert (receipt.outcome, made.phone_texts(sandbox)) == ("refused", [])
         assert early

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-import msgspec
 import pytest
 from nats.aio.client import Client
 
@@ -39,7 +38,7 @@ class Town:
 
     async def person(self, sandbox: str) -> BotRecord:
         bot = self.made.sim.add_bot()
-        assert (await self.made.bind(self.platform, sandbox, bot)).ok
+        assert (await self.made.bind(self.platform, sandbox, bot)).outcome == "applied"
         return bot
 
     async def agent(
@@ -161,7 +160,8 @@ async def test_a_sandbox_that_another_agent_takes_is_left_to_it_and_the_others_g
     await town.agent("team-1", name="special", takes=["team-1"])
     await town.says(special, "two")
     await town.says(other, "three")
-    assert (await town.made.bind(town.platform, "team-1", special)).ok  # the person has scanned again
+    rebound = await town.made.bind(town.platform, "team-1", special)
+    assert rebound.outcome == "applied", "the person has scanned again"
     await town.says(special, "four")
     assert [run["text"] for run in everyone.runs] == ["one", "three"]
     assert '"agent.left"' in everyone.log.read_text()
@@ -207,8 +207,7 @@ async def test_what_is_bound_is_served_though_its_event_was_missed_and_no_longer
         person = await town.person("s1")
         await until(lambda: serving == ["s1"], "it is served")
         await town.says(person, "hello")
-        payload = msgspec.json.encode(Unbind(sandbox="s1"))
-        assert (await town.made.control(town.platform, NAMES.unbind, payload)).ok
+        assert (await town.made.control(town.platform, "s1", Unbind(all=True))).outcome == "applied"
         await until(lambda: serving == [], "it is no longer served")
         assert not running.done()
     finally:

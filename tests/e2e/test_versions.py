@@ -66,7 +66,7 @@ async def test_a_bot_whose_binding_is_newer_is_not_polled_and_all_others_are(tmp
         await made.command(nc, "s2", "goes on")
         await made.settle(nc)
         refused = await made.bind(nc, "s1", made.bots["s1"])
-        assert (refused.ok, "newer version" in refused.error) == (False, True)
+        assert (refused.reason, "newer version" in refused.detail) == ("too_new", True)
         assert [r.outcome for r in await made.receipts(nc) if r.command == "waits" and r.outcome != "parked"] == []
         assert (await (await nc.jetstream().key_value(NAMES.bindings)).get(key)).value == value
         assert adapter.said("record.too_new") == 2  # once in each life

@@ -87,8 +87,8 @@ async def started(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, C
 async def bind_unknown(made: World, nc: Client, sandbox: str = "s1") -> BotRecord:
     """Binds a bot whose user is not named."""
     bot = made.bots[sandbox] = made.sim.add_bot()
-    bind = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token)
-    assert (await made.control(nc, NAMES.bind, msgspec.json.encode(bind))).ok
+    receipt = await made.control(nc, sandbox, Bind(bot=bot.bot, bot_token=bot.token))
+    assert receipt.outcome == "applied"
     return bot
 
 
@@ -130,9 +130,9 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
     """A bot of s1 that an adapter, started here, cannot use. Its user has written to it, unless nobody knows them."""
     bot = made.sim.add_bot()
     named = None if why == "nobody has written" else bot.user
-    bind = Bind(sandbox="s1", bot=bot.bot, bot_token=bot.token, user=named)
     await made.add_adapter(**({"WECHAT_NATS_TOKEN_KEY": OTHER_KEY} if why == "its token is sealed" else {}))
-    assert (await made.control(nc, NAMES.bind, msgspec.json.encode(bind))).ok
+    receipt = await made.control(nc, "s1", Bind(bot=bot.bot, bot_token=bot.token, user=named))
+    assert receipt.outcome == "applied"
     if named is not None:
         made.sim.say(bot.bot, "hello")
 
@@ -180,13 +180,14 @@ async def test_a_command_with_a_wrong_bot_ends_while_binds_arrive_without_a_paus
         over = asyncio.Event()
 
         async def waiting_binds() -> int:
-            return len(await stream(nc, NAMES.stream_ctl, ">"))
+            return len(await stream(nc, NAMES.stream_out, f"{NAMES.prefix}.part.*.bind.*"))
 
         async def bind_on() -> None:
             """Never fewer than some, and not so many that the test has to wait for them."""
             for number in itertools.count():
-                bind = Bind(sandbox=f"b{number % 5}", bot=bots[number % 5].bot, bot_token=bots[number % 5].token)
-                await nc.publish(NAMES.bind, msgspec.json.encode(msgspec.structs.replace(bind, check=False)))
+                bot = bots[number % 5]
+                bind = Bind(bot=bot.bot, bot_token=bot.token, check=False)
+                await nc.publish(NAMES.said("bind", f"b{number % 5}"), msgspec.json.encode(bind))
                 if number % 100 == 0:
                     while await waiting_binds() > 200:
                         await asyncio.sleep(0.01)
@@ -261,8 +262,8 @@ async def test_a_welcome_that_races_with_bind_and_first_message_always_ends(tmp_
             sandbox, bot = f"s{number}", made.sim.add_bot()
             made.bots[sandbox] = bot
             made.say(sandbox, f"hello of {sandbox}")
-            bind = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token)
-            await nc.jetstream().publish(NAMES.bind, msgspec.json.encode(bind))
+            bind = Bind(bot=bot.bot, bot_token=bot.token)
+            await nc.jetstream().publish(NAMES.said("bind", sandbox), msgspec.json.encode(bind))
             await asyncio.sleep((number % 15) * 0.002)  # where it meets the bind, not a wait for something
             await put(nc, ident, sandbox)
             await asyncio.sleep(0.1)

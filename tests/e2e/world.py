@@ -28,7 +28,7 @@ import nats
 from nats.aio.client import Client
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, Erase, Receipt, Unbind
 from adapter.contract.names import Names
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
 from tests import canary
@@ -202,22 +202,23 @@ class World:
         await self.settle(nc)
         return nc, bot
 
-    async def bind(self, nc: Client, sandbox: str, bot: BotRecord, **fields: Any) -> ControlAnswer:
-        """Binds as the platform does, and waits for the answer."""
+    async def bind(self, nc: Client, sandbox: str, bot: BotRecord, **fields: Any) -> Receipt:
+        """Binds as the platform does, and waits for the receipt."""
         self.bots[sandbox] = bot
-        command = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, **fields)
-        return await self.control(nc, NAMES.bind, msgspec.json.encode(command))
+        bind = Bind(bot=bot.bot, bot_token=bot.token, user=bot.user, **fields)
+        return await self.control(nc, sandbox, bind)
 
-    async def control(self, nc: Client, subject: str, payload: bytes) -> ControlAnswer:
-        """Sends a control command and waits for the answer at an inbox."""
+    async def control(self, nc: Client, sandbox: str, said: Bind | Unbind | Erase) -> Receipt:
+        """Says a bind, unbind or erase, and waits for its receipt at an inbox."""
         inbox = nc.new_inbox()
         answers = await nc.subscribe(inbox)
         await nc.flush()
         headers = {"Reply-To": inbox, "Nats-Msg-Id": inbox}
-        await self._store(nc, subject, payload, headers)
+        subject = NAMES.said(type(said).__name__.lower(), sandbox)
+        await self._store(nc, subject, msgspec.json.encode(said), headers)
         message = await answers.next_msg(timeout=60)
         await answers.unsubscribe()
-        return msgspec.json.decode(message.data, type=ControlAnswer)
+        return msgspec.json.decode(message.data, type=Receipt)
 
     async def _store(self, nc: Client, subject: str, payload: bytes, headers: dict[str, str]) -> int:
         """A js.publish that is repeated until the stream has it, as a careful service does."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from adapter.bindings.binder import Binder
 from adapter.bridge.commands import Limits
 from adapter.bridge.handover import read_polled
 from adapter.bridge.leases import Tenure
@@ -22,7 +21,6 @@ from adapter.bridge.person import AnswerState, Person
 from adapter.bridge.persons import open_state, seal_state
 from adapter.bridge.poller import BotPoller
 from adapter.bridge.presence import Presence
-from adapter.bridge.receive import ANYBODY
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSession, Successes
@@ -101,6 +99,8 @@ class FakeSessions(dict[str, BotSession]):
         self._told: dict[str, BotSession] = {}
 
     def get(self, bot: str, default: Any = None) -> Any:
+        if (polling := super().get(bot)) is not None:  # a poller runs
+            return polling
         bench = self._bench
         session = self._told.setdefault(bot, BotSession())
         session.poll_now = partial(bench.poll_now, bot)
@@ -170,8 +170,8 @@ class Bench:
         """What said that only a restart helps."""
         self._speaking: asyncio.Task[None] | None = None
         self._running: asyncio.Task[None] | None = None
-        self.binds: Iterator[int] = world.binds if world else itertools.count(1)
-        self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
+        self.binds: Iterator[int] = world.binds if world else itertools.count(-1_000_000)
+        """Sequences of binds before all that is stored here."""
         self.deliveries: list[FakeDelivery] = world.deliveries if world else []
 
     async def bind(
@@ -194,44 +194,30 @@ class Bench:
         }
         binding = Binding(sandbox=sandbox, bot=bot, user=user, **given)
         self.stale.discard(bot)
-        await self.bindings.put(binding)
+        await self.bindings.change(bot, lambda _: binding)
         return binding
 
-    async def close(self, bot: str = "b1@im.bot") -> None:
-        """Has the owner of the bot's shard close its binding, as control does before it ends it."""
-        await self.bindings.update(bot, lambda now: replace(now, closing=1))
-        self.begin_to_close(bot)
-        await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
+    async def unbind(self, bot: str = "b1@im.bot") -> None:
+        """Has a bot unbound by the owner of its sandbox."""
+        binding = self.bindings.get(bot)
+        assert binding is not None
+        delivery = self.command(verb="unbind", sandbox=binding.sandbox, bot=bot)
+        shard = self.open_shard(binding.sandbox)
+        assert shard is not None
+        shard.on_delivery(delivery)
+        while not delivery.acks:
+            await asyncio.sleep(0.1)
 
-    def begin_to_close(self, bot: str) -> None:
-        """Closes a bot's binding if it has to be closed, and its partition is this replica's."""
-        if (binding := self.bindings.get(bot)) is not None:
-            self.open_shard(binding.sandbox)
-            self.replica.closing.close(bot)
-
-    def binder(self) -> Binder:
-        """Applies control commands, as the replica that has the right to."""
-        return Binder(
-            bindings=self.bindings,
-            events=self.events,
-            history=self.replica.edges.history,
-            names=self.names,
-            chat=self.replica.edges.chat,
-            sealer=self.sealer,
-            persons=self.persons,
-            erase=self.replica.erasure.run,
-            owner=ANYBODY,
-            clock=self.clock,
-        )
-
-    def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
+    def hears(
+        self, sandbox: str = "s1", user: str = "u1@im.wechat", *, since: int = 0, newer: bool = False, **fields: Any
+    ) -> None:
         """The user has just written: their window is open. `fields`: of the window, or of the record. `newer`: a
         newer version has written the record."""
         opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}
         opened |= {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
         fields.setdefault("bot", "b1@im.bot")
         state = PersonState(**{"token": "AARz", "window": SendWindow(**opened), **fields})
-        key = PersonKey(sandbox, person_token(sandbox, user), 0)
+        key = PersonKey(sandbox, person_token(sandbox, user), since)
         value = seal_state(key, user, state, self.sealer)
         self.person_bucket.put(key.key, made_newer(value) if newer else value)
 
@@ -275,17 +261,19 @@ class Bench:
         text: str | None = None,
         *,
         sandbox: str = "s1",
+        verb: str = "out",
         headers: dict[str, str] | None = None,
         data: bytes | None = None,
         redelivered: bool = False,
         **body: Any,
     ) -> FakeDelivery:
-        """A command as the consumer of its partition delivers it; the next in the stream."""
+        """A command, or with another `verb` a bind, unbind or erase, as the consumer of its partition delivers it:
+        the next in the stream."""
         if text is not None:
             body["text"] = text
-        subject = self.bus.stored_subject(self.names.out(sandbox))
+        subject = self.bus.stored_subject(self.names.said(verb, sandbox))
         payload = msgspec.json.encode(body) if data is None else data
-        seq, now_ms = next(self.numbers), self.clock.now_ms()
+        seq, now_ms = self.bus.next_sequence("OUT"), self.clock.now_ms()
         stream = stream_of(subject)
         self.bus.kept.append(Kept(stream, StoredMessage(subject, seq, headers or {}, payload, now_ms), now_ms))
         delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, redelivered=redelivered)
@@ -345,21 +333,16 @@ class Bench:
         return shard
 
     async def run(
-        self, consume: Callable[[Partition], Awaitable[None]], *, capacity: int = 1000, **changes: Any
+        self, consume: Callable[[Partition], Coroutine[Any, Any, None]], *, capacity: int = 1000, **changes: Any
     ) -> None:
         """Runs as the service does, with the partitions that it is told to take. `changes`: of the parts."""
         self.leases.owned.clear()
-        partitions, closing = self.replica.partitions, self.replica.closing
+        partitions = self.replica.partitions
         partitions._parts, partitions._capacity = self.parts(**changes), capacity
         partitions._on_failed = lambda name, detail: self.failed.append(f"{name}: {detail}")
         if capacity:
             self.replica.parts.sessions.polled = {}
-
-        async def work(partition: Partition) -> None:
-            closing.begin(partition)
-            await consume(partition)
-
-        self._work = work
+        self._work = consume
         await self.wake()
 
     async def wake(self) -> None:

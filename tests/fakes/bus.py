@@ -41,7 +41,7 @@ class FakeBus:
         self.on_publish: Callable[[BusMessage], Awaitable[None]] | None = None
         """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
         self.on_delete: Callable[[], Awaitable[None]] | None = None
-        """Awaited before a message is deleted."""
+        """Awaited before a message is deleted, unless it is one of OUT."""
         self.erased: list[tuple[str, int]] = []
         """Stream and sequence of what was deleted so that the disk does not hold it."""
         self.unreadable = 0
@@ -103,10 +103,11 @@ class FakeBus:
 
     def stored_subject(self, subject: str) -> str:
         """Where the server's transform stores what is published to a subject."""
-        sandbox = subject.removeprefix(self._names.out(""))
-        if sandbox == subject:
+        prefix, _, said = subject.partition(".")
+        verb, _, sandbox = said.partition(".")
+        if verb not in ("out", "bind", "unbind", "erase") or not sandbox:
             return subject
-        return self._names.out_of_sandbox(sandbox).replace("*", str(self._names.partition_of(sandbox)))
+        return f"{prefix}.part.{self._names.partition_of(sandbox)}.{verb}.{sandbox}"
 
     def put(self, subject: str, payload: bytes, headers: dict[str, str], label: str = "") -> int:
         """Stores a message as the server would; its sequence."""
@@ -187,7 +188,7 @@ class FakeBus:
         await asyncio.sleep(0)
         if erase:
             self.erased.append((stream, seq))
-        if self.on_delete is not None:
+        if self.on_delete is not None and not stream.endswith("_OUT"):
             await self.on_delete()
         at = (at for at, kept in enumerate(self.kept) if (kept.stream, kept.stored.seq) == (stream, seq))
         if (found := next(at, None)) is not None:
@@ -221,11 +222,12 @@ class FakeBus:
         raws = [raw for stored in self.found("IN") for raw in messages_of(stored.data)]
         return [msgspec.json.decode(raw, type=Inbound) for raw in raws]
 
-    def receipts(self) -> list[Receipt]:
+    def receipts(self, verb: str = "receipt") -> list[Receipt]:
+        """Those of commands, or of binds, unbinds or erases."""
         return [
             msgspec.json.decode(stored.data, type=Receipt)
             for stored in self.found("EVENT")
-            if ".receipt." in stored.subject
+            if f".{verb}." in stored.subject
         ]
 
     def events(self) -> list[BindingEvent]:

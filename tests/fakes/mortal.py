@@ -65,6 +65,6 @@ class Command(FakeDelivery):
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
     """One of several replicas of a world, which reaches it as long as it lives."""
-    own = {name: getattr(world, name) for name in ("clock", "numbers", "binds", "deliveries", "core", "keys")}
+    own = {name: getattr(world, name) for name in ("clock", "binds", "deliveries", "core", "keys")}
     reached: Any = SimpleNamespace(**own, **{name: Reached(getattr(world, name), life) for name in REACHED})
     return Bench(reached, instance=f"r{number}", metrics=world.metrics)

@@ -124,7 +124,7 @@ def headers(data: bytes) -> None:
 
 
 def control(data: bytes) -> None:
-    """wechat.ctl.bind and wechat.ctl.unbind."""
+    """wechat.bind.<sandbox> and wechat.unbind.<sandbox>."""
     for kind in (Bind, Unbind):
         try:
             read = msgspec.json.decode(data, type=kind)
@@ -383,7 +383,7 @@ TARGETS: dict[str, Target] = {
     "command": Target(command, OUTBOUND, (b'{"text":', b"}")),
     "routed": Target(routed, OUTBOUND, (b'{"sandbox":"s1","text":', b"}")),
     "headers": Target(headers),
-    "control": Target(control, BINDS, (b'{"sandbox":"s1","bot":"b","bot_token":', b"}")),
+    "control": Target(control, BINDS, (b'{"bot":"b","bot_token":', b"}")),
     "service": Target(service, QUERIES, (b'{"sandbox":', b"}")),
     "message": Target(
         message, ANSWERS, (b'{"from_user_id":"u","item_list":[{"type":1,"text_item":{"text":', b"}}]}")

@@ -18,6 +18,8 @@ from adapter.bridge.poller import State
 from adapter.bridge.status import ReplicaStatus
 from adapter.contract.names import Names
 from adapter.contract.records import Lease
+from adapter.ports import Entry
+from tests.fakes import FakeDelivery
 from tests.inbound.pollers import raw
 from tests.inbound.sharing import HOLD_S, Sharing, World, sandbox_of
 
@@ -360,6 +362,26 @@ async def test_a_taker_that_dies_leaves_the_giver_s_poll_to_a_third(world: World
     assert (world.phone.begun[-1].cursor, texts(world)) == ("newer", ["late"])
 
 
+@pytest.mark.parametrize("who", ["the giver", "a third"])
+async def test_a_taker_that_dies_leaves_those_whom_it_polled_for_ten_seconds(world: World, who: str) -> None:
+    """The poll that the giver still holds stays its own."""
+    first = await polling(world, B1)
+    second = await taken(world, "r1")
+    await world.bench.bind(SANDBOX, B2, U2)
+    await world.until(lambda: second.polls(B2))
+    next_ = first
+    if who == "a third":
+        next_ = world.start("r2")
+        first.leases.draining = True
+        await asyncio.sleep(2)
+    second.kill()
+    assert await world.until(lambda: next_.polls(B2)) < 10
+    assert MOVES in next_.owned
+    assert (first.polls(B1), B1 in world.phone.cut) == (True, False)
+    world.phone.answer(B1)
+    assert await world.until(lambda: next_.polls(B1)) < 0.5
+
+
 async def test_a_partition_that_comes_back_keeps_its_poll(world: World) -> None:
     first = await polling(world, B1)
     second = await taken(world, "r1")
@@ -452,6 +474,78 @@ async def test_a_rolling_restart_of_all_replicas_cuts_no_poll(world: World) -> N
     assert replicas[-1].polls(B1)
     begun = [each.at_s for each in world.phone.begun if each.bot == B1]
     assert max(after - before for before, after in itertools.pairwise(begun)) < HOLD_S + 1
+
+
+# binds ---------------------------------------------------------------------------------------------------
+
+
+def said(world: World, owner: Sharing, verb: str, **fields: object) -> FakeDelivery:
+    """A bind, unbind or erase, as the consumer of its owner delivers it."""
+    delivery = world.bench.command(verb=verb, sandbox=SANDBOX, **fields)  # type: ignore[arg-type]
+    owner.partitions.working[MOVES].on_delivery(delivery)
+    return delivery
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["in-its-grace", "long-behind"])
+async def test_an_erase_while_the_giver_s_poll_is_open_leaves_nothing(world: World, is_late: bool) -> None:
+    """The poll brings a message of who was erased: in the grace of its cut, or where the giver has not heard."""
+    first = await polling(world, B1)
+    second = await taken(world, "r1")
+    assert first.polls(B1)
+    bucket = world.bench.bindings_bucket
+    hears = [bucket.followers.pop(1)] if is_late else []  # the giver's
+    erase = said(world, second, "erase", user=U1)
+    await world.until(lambda: B1 not in {binding.bot for binding in second.bench.bindings})
+    if is_late:
+        await asyncio.sleep(3)
+        assert (first.polls(B1), erase.acks) == (True, 0), "the erase waits for the poll"
+    world.phone.answer(B1, raw("of who was erased"), cursor="newer")
+    await world.until(lambda: world.phone.ended[-1:] == [B1])
+    await world.until(lambda: erase.acks == 1)
+    await asyncio.sleep(10)
+    bus = world.bench.bus
+    assert ([stored.subject for stored in bus.found("DEAD")], texts(world)) == ([], [])
+    assert [kept for kept in bus.kept if kept.stream != "WECHAT_OUT" and U1.encode() in kept.stored.data] == []
+    for hear, entry in itertools.product(hears, bucket.entries.values()):
+        hear(entry)
+    await world.until(lambda: B1 not in first.partitions.pollers)
+
+
+async def test_nobody_s_words_go_to_the_next_person_where_a_taker_hears_late_of_binds(world: World) -> None:
+    """The partition is released right behind an unbind and the bind of another person, and taken at once; what the
+    taker hears of the bindings is a second behind."""
+    first = await polling(world, B1)
+    second = world.start("r1")
+    second.leases.draining = True
+    await asyncio.sleep(2)
+    followers, loop = world.bench.bindings_bucket.followers, asyncio.get_running_loop()
+    hear = followers.pop()  # the taker's
+
+    def hear_late(entry: Entry) -> None:
+        loop.call_later(1.0, hear, entry)
+
+    followers.append(hear_late)
+    world.phone.answer(B1)
+    await asyncio.sleep(0.1)
+    said(world, first, "unbind", all=True)
+    bind = said(world, first, "bind", bot=B2, bot_token=f"{B2}:t", user=U2)
+    await world.until(lambda: bind.acks == 1)
+    world.bench.hears(SANDBOX, U2, bot=B2, since=bind.seq)
+    words = world.bench.command("for the second one", id="c1", sandbox=SANDBOX)
+    second.leases.draining, first.leases.draining = False, True
+    await first.partitions.give(MOVES)
+    released = world.now()
+    await world.until(lambda: MOVES in second.owned)
+    assert world.now() - released < 0.1
+    assert world.lease(MOVES).owner == second.leases.replica
+    await world.until(lambda: MOVES in second.consuming)
+    assert {binding.bot for binding in second.bench.bindings} == {B2}, "it works with what is bound"
+    await world.until(lambda: words.acks == 1 or bool(world.phone.sent))
+    world.phone.answer(B2)
+    await world.until(lambda: second.polls(B2))
+    await asyncio.sleep(10)
+    assert [(sent.user, sent.text) for sent in world.phone.sent] == [(U2, "for the second one")]
+    assert {each.bot for each in world.phone.begun if each.replica == "r1"} == {B2}
 
 
 # sends ---------------------------------------------------------------------------------------------------

@@ -705,10 +705,17 @@ async def test_a_conflict_with_a_write_in_process_is_tried_again(poller: Poller)
     assert (texts(bench), refusals) == (["t1"], [])
 
 
+async def end(bench: Bench, *, erased: bool = False) -> None:
+    """The end of the person's time is stored, as an unbind does it."""
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    await bench.persons.end(binding.key, lambda: None, erased=erased)
+
+
 async def test_a_new_time_of_the_same_person_begins_behind_the_end(poller: Poller) -> None:
     bench = await ready(words(1))
     await polls(bench)
-    await bench.persons.forget(bench.bindings.get(BOT).key)  # type: ignore[union-attr]
+    await end(bench)
     assert texts(bench) == []
     await bench.bindings.remove(BOT)
     await bench.bind(since=7)
@@ -836,7 +843,7 @@ async def test_a_late_answer_for_an_erased_person_is_dropped() -> None:
     bench = await ready()
 
     async def erased() -> None:
-        await bench.persons.end(bench.bindings.get(BOT).key, erased=True)  # type: ignore[union-attr]
+        await end(bench, erased=True)
 
     with capture_logs() as logs:
         await frozen_with(bench, words(1, 2), meanwhile=erased)
@@ -849,7 +856,7 @@ async def test_a_late_answer_for_nobody_or_for_somebody_else_becomes_dead_letter
     bench = await ready()
 
     async def changed() -> None:
-        await bench.persons.end(bench.bindings.get(BOT).key)  # type: ignore[union-attr]
+        await end(bench)
         if change == "unbound":
             await bench.bindings.remove(BOT)
         elif change == "another sandbox":
@@ -869,7 +876,7 @@ async def test_a_late_answer_looks_at_the_binding_at_the_leader() -> None:
 
     async def unbound() -> None:
         (key,) = bench.bindings_bucket.entries
-        await bench.persons.end(bench.bindings.get(BOT).key)  # type: ignore[union-attr]
+        await end(bench)
         bench.bindings_bucket.put(key, None)
         assert bench.bindings.get(BOT) is not None
 

@@ -13,9 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract.messages import (
     Bind,
-    BindingEvent,
     BindingState,
-    ControlAnswer,
     Login,
     LoginEvent,
     LoginQuery,
@@ -23,15 +21,14 @@ from adapter.contract.messages import (
     LoginVerify,
     Options,
 )
-from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import LoginRecord
 from adapter.errors import AdapterError, BusRefused, Refused, SessionExpired, Temporary
+from adapter.logins import flow
 from adapter.logins.flow import DEAD_CODES, REFRESH_S
 from adapter.logins.records import UPGRADE, LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
 from adapter.security.seal import Sealer
-from tests.bindings.test_control import new_control
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 from tests.newer import made_newer
 
@@ -58,28 +55,37 @@ class Doors:
             self.bench.leases,
             self.bench.presence,
             self.bench.bus,
+            self.bench.receipts,
             self.bench.names,
             self.sealer,
             self.clock,
             self.bench.metrics,
         )
-        self.control = new_control(self.bench, outcomes=self.bucket)
-        self.controlled = True
-        """Whether stored binds are carried out."""
+        self.is_applied = True
+        """Whether stored binds are applied."""
+        self.stored: dict[int, bytes] = {}
+        """Binds by their sequences. One that was applied is deleted from the stream."""
         loop = asyncio.get_running_loop()
-        self.tasks = [loop.create_task(work) for work in (self.records.run(), self.service.run(), self._control())]
-        self.tasks.append(loop.create_task(self.control.run()))
+        self.tasks = [loop.create_task(work) for work in (self.records.run(), self.service.run(), self._apply())]
         self.tasks.append(loop.create_task(self.bench.presence.run(lambda: (0, True))))
 
-    async def _control(self) -> None:
-        done = 0
+    async def _apply(self) -> None:
+        """What the owner of each sandbox does."""
+        done = set[int]()
         while True:
-            stored = self.bench.bus.found("CTL")
-            for message in stored[done:] if self.controlled else []:
-                delivery = FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=self.clock.now_ms())
-                self.control.enqueue(delivery)
-                done += 1
+            self._look()
+            waiting = [each for each in self.bench.bus.found("OUT") if each.seq not in done]
+            for message in waiting if self.is_applied else []:
+                shard = self.bench.open_shard(message.subject.rpartition(".")[2])
+                assert shard is not None
+                shard.on_delivery(
+                    FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=message.time_ms)
+                )
+                done.add(message.seq)
             await asyncio.sleep(0.05)
+
+    def _look(self) -> None:
+        self.stored |= {message.seq: message.data for message in self.bench.bus.found("OUT")}
 
     async def start(self, sandbox: str = "s1", **fields: Any) -> Login:
         return await self.ask("start", LoginStart(sandbox=sandbox, **fields))
@@ -110,7 +116,8 @@ class Doors:
         ]
 
     def binds(self) -> list[Bind]:
-        return [msgspec.json.decode(stored.data, type=Bind) for stored in self.bench.bus.found("CTL")]
+        self._look()
+        return [msgspec.json.decode(data, type=Bind) for data in self.stored.values()]
 
     def record(self, login: Login) -> LoginRecord:
         value = self.bucket.entries[login.login].value
@@ -141,10 +148,10 @@ async def test_a_login_goes_from_the_code_to_the_bot(doors: Doors) -> None:
     assert (done.status, done.bot, done.user, done.qrcode_url) == ("confirmed", BOT, USER, "")
     assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
     (bind,) = doors.binds()
-    assert (bind.sandbox, bind.bot, bind.user, bind.base_url) == ("s1", BOT, USER, "https://ilinkai.wechat.com")
+    assert (bind.bot, bind.user, bind.base_url) == (BOT, USER, "https://ilinkai.wechat.com")
     binding = doors.bench.bindings.get(BOT)
     assert binding is not None
-    assert (doors.sealer.open(BOT, binding.token), bind.id) == (TOKEN, f"login:{login.login}")
+    assert (doors.sealer.open(BOT, binding.token), (bind.id or "")[:6]) == (TOKEN, "login-")
     assert "first message" in doors.events()[-1].detail
     asked = len(doors.ilink.asked)
     await asyncio.sleep(100)
@@ -535,7 +542,7 @@ async def test_a_flow_that_is_stopped_stores_the_bind_of_an_answer_in_hand() -> 
     stuck = asyncio.Event()
 
     async def slow(message: BusMessage) -> None:
-        if message.stream == "ctl":
+        if message.stream == "out":
             stuck.set()
             await asyncio.sleep(2)
 
@@ -612,7 +619,7 @@ async def test_nobody_is_warned_of_who_is_no_other_person(case: str, doors: Door
 
 async def test_who_has_confirmed_cannot_be_cancelled_half_way(doors: Doors) -> None:
     login = await doors.start()
-    doors.controlled = False
+    doors.is_applied = False
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(3)
     with pytest.raises(Refused, match="unbind"):
@@ -622,7 +629,7 @@ async def test_who_has_confirmed_cannot_be_cancelled_half_way(doors: Doors) -> N
 
 async def test_a_bind_that_nobody_carries_out_is_reported_as_such(doors: Doors) -> None:
     login = await doors.start()
-    doors.controlled = False
+    doors.is_applied = False
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(60)
     now = await doors.status(login)
@@ -630,7 +637,7 @@ async def test_a_bind_that_nobody_carries_out_is_reported_as_such(doors: Doors) 
 
 
 async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound(doors: Doors) -> None:
-    """With its token of before, which iLink may take no more. Others' binds were refused, too."""
+    """With its token of before, which iLink may take no more."""
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
 
     def refuse(url: str) -> str:
@@ -638,9 +645,6 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
 
     doors.bench.chat.check_base_url = refuse  # type: ignore[method-assign]
     login = await doors.start()
-    await doors.bench.events.publish_binding_event(
-        BindingEvent(sandbox="s1", bot="other@im.bot", change="refused", request="another", reason="capacity")
-    )
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(10)
     now = await doors.status(login)
@@ -649,9 +653,32 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
 
 async def test_a_bus_that_does_not_take_the_bind_fails_the_login(doors: Doors) -> None:
     login = await doors.start()
-    doors.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "ctl" else None
+    doors.bench.bus.refuse = lambda message: BusRefused(10054, "no") if message.stream == "out" else None
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(3)
+    assert (await doors.status(login)).reason == "bus"
+
+
+async def test_a_bind_is_repeated_while_the_queue_of_its_sandbox_is_full(doors: Doors) -> None:
+    """The token is in memory alone, and cannot be had again."""
+    login = await doors.start()
+    doors.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "out" else None
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(900)
+    assert (await doors.status(login)).status == "wait"
+    doors.bench.bus.refuse = lambda _: None
+    await asyncio.sleep(60)
+    assert (await doors.status(login)).status == "confirmed"
+
+
+async def test_a_bind_is_not_repeated_longer_than_the_key_of_its_login_lives(
+    doors: Doors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow, "KEY_MS", 600_000)
+    login = await doors.start()
+    doors.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "out" else None
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(700)
     assert (await doors.status(login)).reason == "bus"
 
 
@@ -772,10 +799,9 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(3)
     (bind,) = doors.binds()
-    for number, changes in enumerate(({"sandbox": "s2"}, {"bot": "b2@im.bot"})):
-        body = msgspec.json.encode(msgspec.structs.replace(bind, id=f"again {number}", **changes))
-        headers = {H_REPLY_TO: f"_INBOX.{number}"}
-        doors.control.enqueue(FakeDelivery("wechat.ctl.bind", body, seq=10**6 + number, time_ms=0, headers=headers))
+    for sandbox, bot in (("s2", BOT), ("s1", "b2@im.bot")):
+        body = msgspec.json.encode(msgspec.structs.replace(bind, id="again", bot=bot))
+        doors.bench.bus.put(doors.bench.names.said("bind", sandbox), body, {})
         await asyncio.sleep(1)
-        (answer,) = [data for subject, data, _ in doors.bench.core.published if subject == headers[H_REPLY_TO]]
-        assert not msgspec.json.decode(answer, type=ControlAnswer).ok
+        receipt = doors.bench.bus.receipts("bind")[-1]
+        assert (receipt.command, receipt.outcome, receipt.reason) == ("again", "refused", "token_key")

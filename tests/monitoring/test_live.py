@@ -19,6 +19,7 @@ import pytest
 from nats.aio.client import Client
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
+from adapter.contract.messages import Unbind
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import scrape
 from tests.e2e.waiting import eventually, free_port, until
@@ -61,8 +62,8 @@ class Scene:
 
     async def unbind(self, number: int) -> None:
         sandbox = f"s{number}"
-        body = {"sandbox": sandbox, "bot": self.made.bots.pop(sandbox).bot}
-        assert (await self.made.control(self.nc, NAMES.unbind, msgspec.json.encode(body))).ok
+        receipt = await self.made.control(self.nc, sandbox, Unbind(bot=self.made.bots.pop(sandbox).bot))
+        assert receipt.outcome == "applied"
 
     def bot(self, number: int) -> str:
         return self.made.bots[f"s{number}"].bot

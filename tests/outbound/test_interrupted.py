@@ -103,5 +103,5 @@ async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> 
         shard.on_delivery(bench.command("hi", id="c1"))
         await asyncio.sleep(10)
     assert bench.chat.sent == []
-    assert outcomes(bench) == [("c1", "parked", "window_closed")]
+    assert outcomes(bench) == [("c1", "refused", "not_bound")]
     assert [line for line in logs if line["event"].endswith("crashed")] == []

@@ -94,7 +94,7 @@ def is_first_bad(queue: Sequence[sending.QueuedCommand], *_: Any) -> bool:
     return queue[0].ref.id == "bad"
 
 
-def asked_of_bad(_: str, refs: Sequence[Any]) -> bool:
+def asked_of_bad(_: str, refs: Sequence[Any], __: str) -> bool:
     return "bad" in [ref.id for ref in refs]
 
 
@@ -122,12 +122,12 @@ class Step(NamedTuple):
 
 
 CHAT = lambda bench, _: bench.chat  # noqa: E731
-SHARD = lambda _, shard: shard  # noqa: E731
+SANDBOX = lambda _, shard: shard._sandbox("s1")  # noqa: E731
 SHOWN = lambda _, shard: shard.typing  # noqa: E731
 STEPS = [
     Step("read", calling(lambda *_: outbound, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
-    Step("place", calling(SHARD, "_binding_for", of_bad), outlives=0),
-    Step("placed-again", calling(SHARD, "_binding_for", of_bad), redelivered=True, outlives=0),
+    Step("place", calling(SANDBOX, "_binding_for", of_bad), outlives=0),
+    Step("placed-again", calling(SANDBOX, "_binding_for", of_bad), redelivered=True, outlives=0),
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
     Step("decision", calling(lambda *_: sending, "next_message", is_first_bad)),
     Step("record", calling(lambda bench, _: bench.persons, "save", of_bad)),

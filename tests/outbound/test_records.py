@@ -49,15 +49,13 @@ async def test_a_person_who_is_gone_leaves_memory() -> None:
     bench, shard = await ready()
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
-    await bench.close()
-    await bench.persons.forget(bench.bindings.get(BOT).key)  # type: ignore[union-attr] # as control does
-    await bench.bindings.remove(BOT)
+    await bench.unbind()
     shard.evict_idle()
     assert [*shard] == []
     assert bench.records() == {}, "its record ends with the person's time"
 
 
-async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> None:
+async def test_a_bot_is_unbound_once_nothing_of_its_user_is_in_flight() -> None:
     """Or an erasure would leave the receipt and the record that come later."""
     bench, shard = await ready()
     bench.chat.took_s = 20.0
@@ -65,7 +63,7 @@ async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> No
         shard.on_delivery(bench.command("hi", id=ident))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
-    await bench.close()
+    await bench.unbind()
     assert 14 < bench.clock.monotonic() - began < 18
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "not_bound")]
     shard.on_delivery(bench.command("hi", id="c3"))
@@ -80,7 +78,7 @@ async def test_what_was_of_a_former_time_does_not_come_back() -> None:
     await bench.person()
     await bench.bindings.remove(BOT)
     shard.evict_idle()
-    await bench.bind(since=7)
+    await bench.bind(since=-7)
     person = await bench.person()
     assert (person.state.sent, person.state.token) == ([], "")
     await bench.wrote("in:3")
@@ -135,7 +133,7 @@ async def test_a_record_that_no_key_opens_is_neither_overwritten_nor_sent_by() -
 async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_the_record(
     is_redelivered: bool, end: str
 ) -> None:
-    """Else the binding could never be closed. What a former owner may have begun stands in the record."""
+    """Else nobody could unbind them. What a former owner may have begun stands in the record."""
     bench, _ = await ready()
     successor = Bench(bench, instance="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
@@ -147,7 +145,7 @@ async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_
         shard.on_delivery(successor.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert outcomes(successor) == []
-    await asyncio.wait_for(successor.close(), 60)
+    await asyncio.wait_for(successor.unbind(), 60)
     assert [(command, outcome) for command, outcome, _ in outcomes(successor)] == [("c1", end)]
     assert successor.chat.sent == []
 

@@ -75,7 +75,7 @@ def plain(
     return FakeDelivery(
         "wechat.out",
         data or msgspec.json.encode(body),
-        seq=next(bench.numbers),
+        seq=bench.bus.next_sequence("OUT"),
         time_ms=bench.clock.now_ms(),
         headers=headers,
         redelivered=redelivered,
@@ -273,8 +273,8 @@ async def test_what_was_stored_before_a_bind_is_not_for_whom_it_bound(is_named: 
     await bench.bind()
     before = plain(bench, sandbox="s1", id="c1", text="for the first", user="u1@im.wechat" if is_named else None)
     await bench.bindings.remove("b1@im.bot")
-    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=before.seq)
-    bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
+    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", since=before.seq)
+    bench.hears("s1", "u2@im.wechat", bot="b2@im.bot", since=before.seq)
     after, shard = plain(bench, sandbox="s1", id="c2", text="for the second"), bench.shard()
     for original in (before, after):
         await route(router(bench), original)

@@ -174,7 +174,7 @@ async def test_an_older_command_that_comes_again_delays_nothing_that_was_begun()
     await asyncio.sleep(30)
     assert bench.chat.texts == ["a", "b", "b"]
     assert outcomes(bench) == [("a", "accepted", ""), ("b", "parked", "throttled"), ("b", "accepted", "")]
-    await asyncio.wait_for(successor.close(), 600)
+    await asyncio.wait_for(successor.unbind(), 600)
 
 
 async def test_an_older_command_that_comes_again_first_makes_no_part_be_sent_twice() -> None:

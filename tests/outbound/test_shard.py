@@ -19,22 +19,6 @@ from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcome
 VIRTUAL_TIME = True
 
 
-async def test_a_command_waits_until_the_bindings_are_read_after_a_reconnect() -> None:
-    """Another replica has answered the bind; this one has not read the bucket on its new connection."""
-    bench = Bench()
-    shard = bench.shard()
-    await bench.bindings.on_connect(None)
-    shard.on_delivery(bench.command("hi", id="c1", user=USER))
-    await asyncio.sleep(60)
-    assert outcomes(bench) == []
-    await bench.bind()
-    await user_writes(bench)
-    following = asyncio.get_running_loop().create_task(bench.bindings.run())
-    await asyncio.sleep(60)
-    following.cancel()
-    assert [(ident, outcome) for ident, outcome, _ in outcomes(bench)] == [("c1", "accepted")]
-
-
 async def test_a_stream_that_was_made_anew_begins_again() -> None:
     """An operator's hand: its sequences are those of commands that were settled, and it is none of them."""
     bench, shard = await ready()
@@ -367,8 +351,8 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     await bench.bindings.remove(BOT)
 
     successor = Bench(bench, instance="me-2")
-    await successor.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=command.seq)
-    successor.hears("s1", "u2@im.wechat", bot="b2@im.bot")
+    await successor.bind(bot="b2@im.bot", user="u2@im.wechat", since=command.seq)
+    successor.hears("s1", "u2@im.wechat", bot="b2@im.bot", since=command.seq)
     second = successor.shard()
     successor.redeliver(second)
     after = successor.command("to the new one", id="c2")
@@ -448,18 +432,6 @@ async def test_a_bus_that_is_away_decides_nothing_about_an_answer() -> None:
     shard.on_delivery(bench.command("hello", id="c2"))
     await asyncio.sleep(30)
     assert outcomes(bench) == [("c1", "refused", "other_user"), ("c2", "accepted", "")]
-
-
-async def test_what_was_stored_for_the_one_before_and_names_nobody_goes_to_nobody_else() -> None:
-    bench, shard = await ready()
-    old = [bench.command("old", id="c1"), bench.command("by name", id="c2", user=USER)]
-    old += [bench.command("by bot", id="c3", bot=BOT)]
-    await bench.bind(out_after=old[-1].seq)
-    for delivery in (*old, bench.command("new", id="c4")):
-        shard.on_delivery(delivery)
-    await asyncio.sleep(30)
-    assert outcomes(bench)[0] == ("c1", "refused", "not_bound")
-    assert bench.chat.texts == ["by name", "by bot", "new"]
 
 
 # who names another command -----------------------------------------------------------------------------
@@ -562,7 +534,7 @@ async def test_two_that_name_one_command_are_told_once_for_each_id(idents: tuple
     """It has gone, or was a bind."""
     bench, shard = await ready()
     for _ in range(5):
-        next(bench.numbers)
+        bench.bus.next_sequence("OUT")
     for ident in idents:
         shard.on_delivery(naming(bench, f"of {ident}", ident, 3, bench.clock.now_ms()))
     await asyncio.sleep(30)

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 import structlog
 
-from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry
+from adapter.bridge.entries import Clear, Entry, OpenedWindow, Secrets, clear_of, encode_entry
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.names import H_MSG_ID, H_ORIGINAL, Names, stream_of
+from adapter.contract.records import Binding
 from adapter.errors import Temporary, Uncertain
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
@@ -44,6 +45,8 @@ MOST_REQUESTS = 20
 """More no story takes, however its owners end."""
 PATIENCE_S = 80 * 3600
 """No command waits so long."""
+ERASED = "erased"
+"""Instead of an outcome: nothing is left of the command."""
 PIECE = re.compile(r"@(\w+)\.(\d+)")
 """A part of a command in what iLink gets: the command's name and the part's number."""
 
@@ -64,6 +67,10 @@ class Story(NamedTuple):
     """Of sending."""
     unreadable: int = 0
     """So many reads fail when an owner takes over."""
+    bound: Sequence[str] | None = None
+    """The bots that are bound at the end; None: it does not matter."""
+    is_erased: bool = False
+    """Nothing tells of USER any more."""
 
 
 class Point(NamedTuple):
@@ -149,9 +156,6 @@ class Owner:
         self.bench = mortal(walk.world, number, self.life)
         names = [owner.bench.presence.replica for owner in left]
         self.shard = self.bench.shard(SANDBOX, names, **walk.story.settings)
-        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.closing.close(bot))
-        for binding in self.bench.bindings:
-            self.bench.replica.closing.close(binding.bot)
         self._router = router(self.bench)
         self.began_at = walk.world.clock.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -265,6 +269,17 @@ class Told(NamedTuple):
     parts: int
 
 
+class Walked(NamedTuple):
+    """What a run has come to."""
+
+    passed: list[int]
+    """How many points each owner passed."""
+    faults: list[str]
+    """What does not hold at the end."""
+    changes: Sequence[tuple[str, str]]
+    """The events about bindings, in order: bot and change."""
+
+
 class Walk:
     """One run of a story."""
 
@@ -280,14 +295,26 @@ class Walk:
         self.owners: list[Owner] = []
         self.wrote: dict[str, list[int]] = defaultdict(list)
         """How many requests there had been when a user wrote."""
+        self.controls: dict[int, str] = {}
+        """Binds and unbinds: the verb, by sequence."""
         self.closed_at: dict[str, float] = {}
-        """When a bot's owner has said that nothing more comes of it."""
+        """When a bot was unbound."""
+        self.persons: set[str] = set()
+        """All who were bound, by the keys of their records."""
+        self.world.bindings.add_listener(self._on_binding)
         self._later: set[asyncio.Task[None]] = set()
 
     @property
     def owner(self) -> Owner | None:
         """Who owns the shards now."""
         return self.owners[-1] if self.owners and self.owners[-1].life.is_going else None
+
+    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
+        if after is None:
+            self.closed_at[bot] = self.world.clock.monotonic()
+        else:
+            self.closed_at.pop(bot, None)
+            self.persons.add(after.key.key)
 
     async def run(self) -> None:
         await self.world.bind()
@@ -332,6 +359,13 @@ class Walk:
     def store(self, name: str, subject: str, body: Mapping[str, Any], *, user: str, parts: int) -> None:
         seq = self.world.bus.put(subject, msgspec.json.encode(body), {})
         self.told.append(Told(name, seq, user, parts))
+
+    async def control(self, verb: str, **body: Any) -> None:
+        """Says a bind, unbind or erase, and waits until it is done."""
+        seq = self.world.bus.put(f"wechat.{verb}.{SANDBOX}", msgspec.json.encode(body), {})
+        self.controls[seq] = verb
+        while any(stored.seq == seq for stored in self.world.bus.found("OUT")):
+            await asyncio.sleep(0.1)
 
     def on_command(self) -> None:
         if owner := self.owner:
@@ -400,36 +434,32 @@ def writes(*, bot: str = BOT, user: str = USER) -> Step:
     return step
 
 
-def bind(bot: str = BOT, user: str = USER, *, is_new: bool = False) -> Step:
-    """A binding as control writes it, with another token; the user's former bot goes. `is_new`: it adds a person."""
+def bind(bot: str = BOT, user: str = USER) -> Step:
+    """A bind with another token; the user's former bot goes."""
 
     async def step(walk: Walk) -> None:
-        after = await walk.world.bus.last_sequence("WECHAT_OUT") if is_new else 0
         walk.numbers += 1
-        known = [each for each in walk.world.bindings.of_sandbox(SANDBOX) if user and each.user == user]
-        since = known[0].since if known else walk.numbers
-        fields = {"token": f"{bot}:{walk.numbers}", "out_after": after, "since": since, "bound": walk.numbers + 100}
-        await walk.world.bind(SANDBOX, bot, user, **fields)
-        walk.closed_at.pop(bot, None)
         walk.phone.notify_fails, walk.phone.poll_is_stale = None, False
         if walk.owner:
             walk.owner.bench.stale.discard(bot)
-        for other in walk.world.bindings.of_sandbox(SANDBOX):
-            if user and (other.user, other.bot) == (user, other.bot) and other.bot != bot:
-                await walk.world.bindings.remove(other.bot)
+        await walk.control("bind", bot=bot, bot_token=f"{bot}:{walk.numbers}", user=user)
 
     return step
 
 
 def unbind(bot: str = BOT) -> Step:
-    """The binding closes, and goes once its owner has said that nothing more comes of it."""
+    return lambda walk: walk.control("unbind", bot=bot)
+
+
+def erase(user: str = USER) -> Step:
+    return lambda walk: walk.control("erase", user=user)
+
+
+def together(*steps: Step) -> Step:
+    """They are said at once, before the first one is applied."""
 
     async def step(walk: Walk) -> None:
-        bindings = walk.world.bindings
-        await bindings.update(bot, lambda now: msgspec.structs.replace(now, closing=1))
-        await bindings.changed.wait_until(lambda: all(one.closed for one in bindings if one.bot == bot))
-        walk.closed_at[bot] = walk.world.clock.monotonic()
-        await bindings.remove(bot)
+        await asyncio.gather(*(each(walk) for each in steps))
 
     return step
 
@@ -567,8 +597,18 @@ def faults(walk: Walk) -> Iterator[str]:
             if count > story.settings.get("sends", WINDOW.sends):
                 yield f"{user} got {count} messages in one window"
 
+    bound = sorted(binding.bot for binding in walk.world.bindings)
+    if story.bound is not None and bound != sorted(story.bound):
+        yield f"{bound} are bound"
+    for seq, verb in walk.controls.items():
+        outcomes = [each.outcome for each in walk.world.bus.receipts(verb) if each.sequence == seq]
+        if outcomes != ["applied"]:
+            yield f"{verb} {seq} has the receipts {outcomes}"
+    yield from _left(walk)
     ended = finals(walk)
     for told in walk.told:
+        if story.ends[told.name] == ERASED and not ended[told.name]:
+            continue
         if len(found := ended[told.name]) != 1:
             yield f"{told.name} has {len(found)} final receipts: {[one.outcome for one in found]}"
             continue
@@ -585,6 +625,28 @@ def faults(walk: Walk) -> Iterator[str]:
         if not {receipt.outcome, f"{receipt.outcome}/{receipt.reason}"} & set(allowed):
             yield f"{told.name} is {receipt.outcome} {receipt.reason} ({receipt.detail}), not {allowed}"
         yield from _lies(walk, told, receipt, shown, asked, ended)
+
+
+def _left(walk: Walk) -> Iterator[str]:
+    """What is left of persons whose time has ended, and should not be."""
+    world = walk.world
+    served = {binding.key.key: binding.since for binding in world.bindings}
+    newest: dict[str, Clear] = {}
+    for stored in world.bus.found("IN"):
+        key, about = stored.subject.split(".", 2)[2], clear_of(stored.data)
+        newest[key] = about
+        if not about.ended and about.since != served.get(key):
+            yield f"an entry of {key} since {about.since} is left"
+    for key in sorted(walk.persons - served.keys()):
+        if not newest.get(key, Clear()).ended:
+            yield f"nothing keeps late entries of {key} out"
+    for key, entry in world.person_bucket.entries.items():
+        if entry.value is not None and clear_of(entry.value).since != served.get(key):
+            yield f"the record of {key} is left"
+    if walk.story.is_erased:
+        for kept in world.bus.kept:
+            if USER.encode() in kept.stored.data + str(kept.stored.headers).encode():
+                yield f"{kept.stored.subject} tells of who was erased"
 
 
 def _lies(
@@ -635,14 +697,15 @@ def crashes() -> Iterator[list[str]]:
     structlog.configure(**before)
 
 
-def walk_to(story: Story, point: Point) -> tuple[list[int], list[str]]:
-    """How many points each owner passed, and what does not hold at the end."""
+def walk_to(story: Story, point: Point) -> Walked:
+    """One run of a story, up to its end."""
 
-    async def happen() -> tuple[list[int], list[str]]:
+    async def happen() -> Walked:
         walk = Walk(story, point)
         await walk.run()
-        return [owner.life.passed for owner in walk.owners], list(faults(walk))
+        changes = [(event.bot, event.change) for event in walk.world.bus.events()]
+        return Walked([owner.life.passed for owner in walk.owners], list(faults(walk)), changes)
 
     with crashes() as logged, asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        passed, found = runner.run(happen())
-    return passed, found + logged
+        walked = runner.run(happen())
+    return walked._replace(faults=walked.faults + logged)

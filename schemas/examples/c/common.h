@@ -72,7 +72,7 @@ static inline double number_of(const cJSON *object, const char *name)
 }
 
 /* Requests until the stream has confirmed that it has the command. The id in the body makes the repeats one.
-   `reply_to`: where an answer to a control command goes, or NULL. */
+   `reply_to`: where the receipt of a bind goes, too, or NULL. */
 static inline void store(natsConnection *nc, const char *subject, const cJSON *body, const char *reply_to)
 {
     char *text = cJSON_PrintUnformatted(body);

@@ -100,22 +100,22 @@ static bool bind(natsConnection *nc, const char *sandbox, const char *bot)
     const char *token = getenv("BOT_TOKEN");
     natsSubscription *answers = NULL;
     natsMsg *msg = NULL;
-    cJSON *command = cJSON_CreateObject(), *answer;
-    char id[64], inbox[128];
+    cJSON *command = cJSON_CreateObject(), *receipt;
+    char id[64], inbox[128], subject[128];
     bool ok;
 
     snprintf(id, sizeof id, "bind.%llx", (unsigned long long) nats_NowInNanoSeconds());
     snprintf(inbox, sizeof inbox, "%s.%s", inbox_prefix("_INBOX"), id);
     must(natsConnection_SubscribeSync(&answers, nc, inbox), "inbox");
     cJSON_AddStringToObject(command, "id", id);
-    cJSON_AddStringToObject(command, "sandbox", sandbox);
     cJSON_AddStringToObject(command, "bot", bot);
     cJSON_AddStringToObject(command, "bot_token", token != NULL ? token : "");
-    store(nc, "wechat.ctl.bind", command, inbox);
-    must(natsSubscription_NextMsg(&msg, answers, 60000), "answer"); /* the command is stored all the same */
-    answer = cJSON_ParseWithLength(natsMsg_GetData(msg), natsMsg_GetDataLength(msg));
-    ok = cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(answer, "ok"));
-    puts(ok ? "bound" : text_of(answer, "error"));
+    snprintf(subject, sizeof subject, "wechat.bind.%s", sandbox);
+    store(nc, subject, command, inbox);
+    must(natsSubscription_NextMsg(&msg, answers, 60000), "receipt"); /* the bind is stored all the same */
+    receipt = cJSON_ParseWithLength(natsMsg_GetData(msg), natsMsg_GetDataLength(msg));
+    ok = strcmp(text_of(receipt, "outcome"), "applied") == 0;
+    puts(ok ? "bound" : text_of(receipt, "detail"));
     return ok;
 }
 

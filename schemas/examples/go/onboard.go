@@ -84,20 +84,17 @@ func bind(nc *nats.Conn, sandbox, bot string) bool {
 	inbox := nc.NewInbox()
 	answers, err := nc.SubscribeSync(inbox)
 	must(err)
-	msg := message("wechat.ctl.bind", map[string]any{
-		"id": "bind." + inbox, "sandbox": sandbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"),
+	msg := message("wechat.bind."+sandbox, map[string]any{
+		"id": "bind." + inbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"),
 	})
 	msg.Header.Set("Reply-To", inbox)
 	store(nc, msg)
 	got, err := answers.NextMsg(time.Minute)
-	must(err) // the command is stored all the same
-	var answer struct {
-		OK    bool   `json:"ok"`
-		Error string `json:"error"`
-	}
-	must(json.Unmarshal(got.Data, &answer))
-	if !answer.OK {
-		fmt.Println(answer.Error)
+	must(err) // the bind is stored all the same
+	var receipt struct{ Outcome, Detail string }
+	must(json.Unmarshal(got.Data, &receipt))
+	if receipt.Outcome != "applied" {
+		fmt.Println(receipt.Detail)
 		return false
 	}
 	fmt.Println("bound")

@@ -49,12 +49,13 @@ async def login(nc: Client, sandbox: str) -> int:
 async def bind(nc: Client, sandbox: str, bot: str) -> int:
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox)
-    command = {"id": f"bind.{uuid.uuid4()}", "sandbox": sandbox, "bot": bot, "bot_token": os.environ["BOT_TOKEN"]}
-    await store(nc, "wechat.ctl.bind", command, {"Reply-To": inbox})
-    # the command is stored, also while no adapter runs
-    answer = json.loads((await answers.next_msg(timeout=60)).data)
-    print("bound" if answer["ok"] else answer["error"], flush=True)
-    return 0 if answer["ok"] else 1
+    command = {"id": f"bind.{uuid.uuid4()}", "bot": bot, "bot_token": os.environ["BOT_TOKEN"]}
+    await store(nc, f"wechat.bind.{sandbox}", command, {"Reply-To": inbox})
+    # the bind is stored, also while no adapter runs; its receipt comes when it is applied
+    receipt = json.loads((await answers.next_msg(timeout=60)).data)
+    is_bound = receipt["outcome"] == "applied"
+    print("bound" if is_bound else receipt.get("detail", ""), flush=True)
+    return 0 if is_bound else 1
 
 
 async def ask(nc: Client, verb: str, request: dict[str, Any]) -> dict[str, Any]:

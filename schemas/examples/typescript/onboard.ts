@@ -12,7 +12,7 @@ import { createInterface } from "node:readline";
 import { createInbox, headers, type NatsConnection } from "@nats-io/transport-node";
 
 import { connect, store } from "./bus.js";
-import type { ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "./wechat-nats.d.ts";
+import type { Bind, Login, LoginQuery, LoginStart, LoginVerify, Receipt } from "./wechat-nats.d.ts";
 
 const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled", "lost"];
 
@@ -51,14 +51,15 @@ async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
 async function bind(nc: NatsConnection, sandbox: string, bot: string): Promise<boolean> {
   const inbox = createInbox(process.env.NATS_INBOX_PREFIX);
   const answers = nc.subscribe(inbox, { max: 1, timeout: 60_000 });
-  const command = { id: `bind.${randomUUID()}`, sandbox, bot, bot_token: process.env.BOT_TOKEN ?? "" };
+  const command: Bind & { id: string } = { id: `bind.${randomUUID()}`, bot, bot_token: process.env.BOT_TOKEN ?? "" };
   const head = headers();
   head.set("Reply-To", inbox);
-  await store(nc, "wechat.ctl.bind", command, head);
+  await store(nc, `wechat.bind.${sandbox}`, command, head);
   for await (const msg of answers) {
-    const answer = msg.json<ControlAnswer>(); // the command is stored, also while no adapter runs
-    console.log(answer.ok ? "bound" : answer.error);
-    return answer.ok;
+    const receipt = msg.json<Receipt>(); // the bind is stored, also while no adapter runs
+    const isBound = receipt.outcome === "applied";
+    console.log(isBound ? "bound" : receipt.detail);
+    return isBound;
   }
   return false;
 }

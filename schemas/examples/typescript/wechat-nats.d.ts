@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 1bbdc9cab61859f2a80ddc9a812f327e774e5557622f31caa1410fdb77aacf2d */
+   Of: 64eba7302f76906e606db0d7b2a365897020f8cb299906d28b3f23e70afbdab2 */
 
 /**
  * Options of a binding.
@@ -15,13 +15,13 @@ export interface Options {
   media?: boolean;
 }
 /**
- * Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`.
+ * Bind a bot to a sandbox. Subject: wechat.bind.<sandbox>.
  */
 export interface Bind {
   /**
-   * Name of a sandbox.
+   * If it is there, it is the subject's.
    */
-  sandbox: string;
+  sandbox?: string | null;
   /**
    * iLink's bot id, …@im.bot.
    */
@@ -31,7 +31,7 @@ export interface Bind {
    */
   bot_token: string;
   /**
-   * Request id. Default: the header Nats-Msg-Id.
+   * Names it in its receipt. Default: the header Nats-Msg-Id, else its sequence.
    */
   id?: string | null;
   /**
@@ -56,12 +56,12 @@ export interface BindingEvent {
   sandbox: string;
   bot: string;
   /**
-   * replaced: another bot of the same user took its place. refused: a bind was refused, or (reason stranger) the user whom iLink names for the bot, as another bot of the sandbox serves them. stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a new QR code. recovered: iLink accepts the token again, also after needs_login.
+   * replaced: another bot of the same user took its place. stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a new QR code. recovered: iLink accepts the token again, also after needs_login.
    */
-  change: "bound" | "needs_login" | "recovered" | "refused" | "replaced" | "stale" | "unbound";
+  change: "bound" | "needs_login" | "recovered" | "replaced" | "stale" | "unbound";
   user?: string;
   /**
-   * refused: a word for the cause. unbound: moved, if the bot went to another sandbox. stale and needs_login: iLink's error text, if any.
+   * stale and needs_login: iLink's error text, if any.
    */
   reason?: string;
   /**
@@ -140,7 +140,7 @@ export interface Window {
   closes_at_ms?: number | null;
 }
 /**
- * A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind.
+ * A binding without its token: answer of wechat.svc.bindings.get and .list.
  */
 export interface BindingInfo {
   sandbox: string;
@@ -205,50 +205,8 @@ export interface CommandStored {
   sequence: number;
 }
 /**
- * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
- */
-export interface ControlAnswer {
-  ok: boolean;
-  id?: string;
-  /**
-   * Current bindings (bind), or removed ones (unbind, erase).
-   */
-  bindings?: BindingInfo[];
-  /**
-   * Bots of the same user that this bind replaced.
-   */
-  replaced?: string[];
-  /**
-   * The sandbox that the bot has served until now, if another.
-   */
-  moved_from?: string;
-  /**
-   * erase: how many messages were found of each kind, and erased.
-   */
-  counts?: {
-    [k: string]: number;
-  };
-  /**
-   * erase: how many are there all the same; empty: nothing is left.
-   */
-  left?: {
-    [k: string]: number;
-  };
-  /**
-   * erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by them: unbind the one whose user this is.
-   */
-  unlearned?: number;
-  /**
-   * It is not done after a minute: a replica or NATS is away, or there is much to erase. The work goes on; another answer and the event follow.
-   */
-  pending?: boolean;
-  /**
-   * One sentence that says what to do.
-   */
-  error?: string;
-}
-/**
- * Unbind a person, and erase everything of theirs. Subject: wechat.ctl.erase. It may be repeated.
+ * Unbind a person, and erase everything of theirs. Subject: wechat.erase.<sandbox>, or wechat.erase._ for all
+ * sandboxes. It may be repeated.
  */
 export interface Erase {
   /**
@@ -256,35 +214,17 @@ export interface Erase {
    */
   user: string;
   /**
-   * Default: of all sandboxes.
+   * If it is there, it is the subject's.
    */
   sandbox?: string | null;
+  /**
+   * Names it in its receipt. Default: the header Nats-Msg-Id, else its sequence.
+   */
   id?: string | null;
   /**
    * Only count what there is, and leave the person bound.
    */
   dry_run?: boolean;
-}
-/**
- * A person was erased in a sandbox. Subject: wechat.event.<sandbox>.erased.
- */
-export interface ErasedEvent {
-  sandbox: string;
-  /**
-   * SHA-256 of the user's id, lower-case hex: the id itself is gone.
-   */
-  person: string;
-  /**
-   * How many messages of each kind were erased.
-   */
-  counts: {
-    [k: string]: number;
-  };
-  /**
-   * Id of the request.
-   */
-  request?: string;
-  at_ms?: number;
 }
 /**
  * A file.
@@ -850,11 +790,12 @@ export interface Outbound {
   typing?: ("off" | "on") | null;
 }
 /**
- * The result of a command. Each command gets exactly one final receipt; `parked` is not final.
+ * The result of a command, bind, unbind or erase. Each gets exactly one final receipt; `parked` is not final.
  *
- * Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>. `<command>` is the command's id: letters, digits,
- * `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is `==`
- * and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
+ * Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>; of a bind, unbind or erase that word stands for
+ * `receipt`, and the header Reply-To gets it, too, if it names an inbox. `<command>` is the command's id: letters,
+ * digits, `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is
+ * `==` and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
  */
 export interface Receipt {
   /**
@@ -878,11 +819,11 @@ export interface Receipt {
    */
   repeat_of?: number;
   /**
-   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on it; see WECHAT_DEAD. parked (not final): waits for the user or the login.
+   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. applied: the bind, unbind or erase is done. refused: will not be sent, or was not applied. uncertain: sent without an answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on it; see WECHAT_DEAD. parked (not final): waits for the user or the login.
    */
-  outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
+  outcome: "accepted" | "accepted_unconfirmed" | "applied" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, media; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, media; of a bind also bound_elsewhere, url, token_key and too_new. Empty when accepted or applied.
    */
   reason?: string;
   /**
@@ -924,6 +865,26 @@ export interface Receipt {
    * When this receipt was created.
    */
   at_ms?: number;
+  /**
+   * Bots that serve nobody any more: replaced by the bind, or unbound. An erase names none.
+   */
+  bots?: string[];
+  /**
+   * erase: how many messages were found of each kind, and erased.
+   */
+  counts?: {
+    [k: string]: number;
+  };
+  /**
+   * erase: how many are there all the same, so erase again; empty: none are.
+   */
+  left?: {
+    [k: string]: number;
+  };
+  /**
+   * erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by them: unbind the one whose user this is.
+   */
+  unlearned?: number;
 }
 /**
  * Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: a command's last
@@ -990,14 +951,21 @@ export interface ReplayQuery {
   limit?: number;
 }
 /**
- * Unbind a bot, or all bots of a sandbox. Subject: wechat.ctl.unbind.
+ * Unbind a bot, or all bots of a sandbox. Subject: wechat.unbind.<sandbox>.
  */
 export interface Unbind {
   /**
-   * Name of a sandbox.
+   * If it is there, it is the subject's.
    */
-  sandbox: string;
+  sandbox?: string | null;
   bot?: string | null;
+  /**
+   * All bots of the sandbox.
+   */
+  all?: boolean;
+  /**
+   * Names it in its receipt. Default: the header Nats-Msg-Id, else its sequence.
+   */
   id?: string | null;
 }
 /**
