@@ -179,7 +179,7 @@ class Rig:
             token = sealer.seal(bot, f"{bot}:0600abcd")
             sandbox, user = f"s{number}", f"user{number}@im.wechat"
             person = person_token(sandbox, user)
-            binding = Binding(sandbox=sandbox, bot=bot, token=token, user=user, person=person, since=number + 1)
+            binding = Binding(sandbox=sandbox, bot=bot, token=token, user=user, person=person)
             await nc.publish(f"$KV.wechat_bindings.{to_subject_token(bot)}", msgspec.json.encode(binding))
         await nc.flush()
         js = nc.jetstream()

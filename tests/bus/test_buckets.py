@@ -15,7 +15,7 @@ from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
-from adapter.jetstream.history import direct_get
+from adapter.jetstream.history import direct_get, direct_get_one
 from adapter.ports import BusMessage, Entry, StoredMessage
 from tests.bus.rig import NAMES, Rig
 from tests.e2e.waiting import eventually, until
@@ -44,6 +44,23 @@ async def test_a_bucket_gives_many_keys_at_once(rig: Rig, replicated: bool) -> N
     found = await bucket.get_all(["never", *(entry.key for entry in written)])
     assert sorted(found, key=lambda entry: entry.revision) == [*written[:7], *written[8:], gone]
     assert await bucket.get_all(["k3"]) == [written[3]]
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+async def test_a_bucket_is_read_to_its_end_though_its_last_mark_has_aged(rig: Rig, replicated: bool) -> None:
+    """A replica that starts then begins its partitions: nobody waits for a sequence that is stored no more."""
+    bucket = KvBucket(rig.connection, NAMES.bindings, rig.publisher, replicated=replicated)
+    first = await bucket.update("k1", b"1", 0)
+    mark = await bucket.delete("k2", await bucket.update("k2", b"2", 0), ttl_s=1)
+
+    async def has_aged() -> bool:
+        return await direct_get_one(rig.connection, bucket.stream, {"seq": mark}) is None
+
+    await eventually(has_aged, "the mark has aged")
+    info = await rig.connection.api_request(f"STREAM.INFO.{bucket.stream}")
+    assert info["state"]["last_seq"] == mark
+    assert await bucket.read_since(0) == [Entry("k1", b"1", first)]
+    assert await bucket.read_since(first) == []
 
 
 async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
