@@ -463,9 +463,6 @@ class LeaderBucket(Protocol):
         """Writes the value, or deletes for None, at this revision (None: at any). With `ttl_s` the key expires after
         so many seconds unless it is written again. Raises Conflict, Temporary (ambiguous)."""
 
-    async def list_entries(self) -> list[Entry]:
-        """All entries, including delete markers. Raises Temporary."""
-
 
 # The bus: objects -----------------------------------------------------------------------------------
 
@@ -565,6 +562,5 @@ class CoreBus(Protocol):
     def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
         """Answers requests on every connection, if the reply subject is an inbox; None: no answer."""
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        """Asks all replicas, this one included. Returns the answers once there are `count` of them or the time is
-        over. Raises Temporary."""
+    async def ask(self, subject: str, payload: bytes, *, within_s: float) -> bytes | None:
+        """Asks a replica, perhaps this one; None: there is no answer in time. Raises Temporary."""

@@ -101,8 +101,8 @@ class Handover:
         payload = msgspec.json.encode(Asked(partition=self._tenure.number))
         try:
             subject = self._parts.names.polls_of(replica)
-            answers = await self._parts.core.query_replicas(subject, payload, count=1, within_s=ANSWER_S)
-            told = msgspec.json.decode(answers[0], type=Told) if answers else None
+            answer = await self._parts.core.ask(subject, payload, within_s=ANSWER_S)
+            told = msgspec.json.decode(answer, type=Told) if answer else None
         except (Temporary, *UNDECODABLE):
             return  # it is asked again
         if told is None or replica not in self._told:

@@ -66,8 +66,8 @@ class Replicas:
 
     async def _ask(self, replica: str, payload: bytes) -> ReplicaStatus | None:
         subject = self._names.polls_of(replica)
-        answers = await self._core.query_replicas(subject, payload, count=1, within_s=QUERY_TIMEOUT_S)
+        answer = await self._core.ask(subject, payload, within_s=QUERY_TIMEOUT_S)
         try:
-            return msgspec.json.decode(answers[0], type=ReplicaStatus) if answers else None
+            return msgspec.json.decode(answer, type=ReplicaStatus) if answer else None
         except UNDECODABLE:  # of another version
             return None

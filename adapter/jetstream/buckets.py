@@ -69,9 +69,6 @@ class KvBucket:
         found = await self._history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
         return [self._entry(stored) for stored in found]
 
-    async def list_entries(self) -> list[Entry]:
-        return [entry async for entry in self.read_entries()]
-
     async def list_prefix(self, first: str = "") -> list[Entry]:
         return [entry async for entry in self.read_entries(first) if entry.value is not None]
 

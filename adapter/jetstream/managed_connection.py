@@ -298,14 +298,12 @@ class CoreNats:
 
         self._connection.on_connect(subscribe)
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        answers: list[bytes] = []
+    async def ask(self, subject: str, payload: bytes, *, within_s: float) -> bytes | None:
         with contextlib.suppress(TimeoutError), self._connection.open_request() as request:
             await self._connection.publish(subject, payload, reply=request.reply)
-            async with asyncio.timeout(within_s):
-                while len(answers) < count and not (reply := await request.next_reply(within_s)).no_responders:
-                    answers.append(reply.data)
-        return answers
+            reply = await request.next_reply(within_s)
+            return None if reply.no_responders else reply.data
+        return None
 
 
 def _check_subscriptions(refused: list[tuple[str, str]], inbox_prefix: str) -> None:

@@ -263,10 +263,10 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
     with pytest.raises(Conflict):
         await bucket.write("r1", b"x", 0)
     assert await bucket.get("r1") == Entry("r1", b"1", first)
-    assert await bucket.list_entries() == [Entry("r1", b"1", first)]
+    assert await bucket.get_all(["r1"]) == [Entry("r1", b"1", first)]
     gone = await bucket.write("r1", None, first)
     assert await bucket.get("r1") == Entry("r1", None, gone)
-    assert await bucket.list_entries() == [Entry("r1", None, gone)]
+    assert await bucket.get_all(["r1"]) == [Entry("r1", None, gone)]
     with pytest.raises(Conflict):
         await bucket.write("r1", b"back", first)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from tests.e2e.memory import in_memory
 from tests.e2e.waiting import until
 
 REPLICAS = 3
-SHARE = {PARTITIONS // REPLICAS, PARTITIONS // REPLICAS + 1}
+SETTLED_S = 15.0
 MERGED_S = 0.2
 """Acts of a replica with less time between them are one stretch, in which nobody else may act."""
 EVENTS = ("kill", "freeze", "short freeze", "leader kill", "cut", "freeze and leader kill")
@@ -63,6 +64,9 @@ class Acts:
         self._last: dict[int, dict[int, Stretch]] = defaultdict(dict)
         """By partition and replica."""
         self._acted_at: dict[int, float] = {}
+        self.moves: list[tuple[int, int]] = []
+        """Partitions that another replica than before acted for, and that replica."""
+        self._owner: dict[int, int] = {}
 
     def look(self) -> None:
         """Reads what is new, in the order of time."""
@@ -90,19 +94,23 @@ class Acts:
         for other in stretches.values():
             if other.replica != replica and other.last >= mine.first and mine.last >= other.first:
                 self.twice.append(f"partition {number}: {replica} and {other.replica} at {at:.3f}")
+        if self._owner.get(number) != replica:
+            self.moves.append((number, replica))
+            self._owner[number] = replica
         before = self._acted_at.get(number, at)
         self.gaps[number] = max(self.gaps.get(number, 0.0), at - before)
         self._acted_at[number] = max(at, before)
 
-    def is_settled(self) -> bool:
-        """All act, each for its share, and did so in the last moments."""
+    def is_settled(self, alive: int = REPLICAS) -> bool:
+        """So many act, each for its share, and did so in the last moments."""
         self.look()
-        now, masks = SystemClock().monotonic(), [mask for _, mask in self.newest]
+        now = SystemClock().monotonic()
+        masks = [mask for at, mask in self.newest if now - at < 0.5]
         together = 0
         for mask in masks:
             together |= mask
-        is_fair = {mask.bit_count() for mask in masks} <= SHARE
-        return is_fair and together == 2**PARTITIONS - 1 and all(now - at < 0.5 for at, _ in self.newest)
+        is_fair = {mask.bit_count() for mask in masks} <= {PARTITIONS // alive, -(-PARTITIONS // alive)}
+        return len(masks) == alive and is_fair and together == 2**PARTITIONS - 1
 
 
 class Replica:
@@ -206,8 +214,9 @@ async def create_bucket(cluster: NatsCluster) -> None:
     await asyncio.wait([running])
 
 
-async def own(folder: Path, rounds: int) -> Owners:
-    """So many rounds. Fails as soon as two act at once."""
+@contextlib.asynccontextmanager
+async def three(folder: Path) -> AsyncIterator[Owners]:
+    """Three servers, and three replicas that have not started."""
     with in_memory(folder / "nats"):
         async with NatsCluster(folder / "nats") as cluster, contextlib.AsyncExitStack() as stack:
             owners = Owners(cluster, folder)
@@ -215,16 +224,22 @@ async def own(folder: Path, rounds: int) -> Owners:
                 for hole in replica.holes:
                     await stack.enter_async_context(hole)
             try:
-                await owners.start()
-                for number in range(rounds):
-                    await owners.round(number)
-                    if sys.stderr.isatty() or __name__ == "__main__":
-                        print(f"{number + 1}/{rounds}", owners.acts.count, file=sys.stderr, flush=True)
+                yield owners
             finally:
                 for replica in owners.replicas:
                     if replica.process is not None:
                         replica.kill()
-            return owners
+
+
+async def own(folder: Path, rounds: int) -> Owners:
+    """So many rounds. Fails as soon as two act at once."""
+    async with three(folder) as owners:
+        await owners.start()
+        for number in range(rounds):
+            await owners.round(number)
+            if sys.stderr.isatty() or __name__ == "__main__":
+                print(f"{number + 1}/{rounds}", owners.acts.count, file=sys.stderr, flush=True)
+        return owners
 
 
 @pytest.mark.slow
@@ -232,6 +247,35 @@ async def test_no_two_act_at_once_whatever_is_killed_stopped_or_cut_off(tmp_path
     owners = await own(tmp_path, ROUNDS)
     assert owners.acts.count > ROUNDS * 500
     assert max(owners.unacted_s["kill"]) < LEASE_S + 2.0
+
+
+@pytest.mark.slow
+async def test_replicas_that_join_die_and_come_back_share_in_time_and_move_nothing_twice(tmp_path: Path) -> None:
+    async with three(tmp_path) as owners:
+        await create_bucket(owners.cluster)
+        acts, third = owners.acts, owners.replicas[2]
+
+        async def settled(alive: int) -> list[tuple[int, int]]:
+            """What has moved, once all act for their shares and stay with them."""
+            await until(lambda: acts.is_settled(alive), f"{alive} share: {acts.newest}", patience_s=SETTLED_S)
+            moved, acts.moves = acts.moves, []
+            await asyncio.sleep(5)  # what should not move has time to
+            acts.look()
+            assert acts.moves == []
+            return moved
+
+        for replica in owners.replicas:
+            replica.start()
+        await settled(3)
+        third.kill()
+        lost = acts.newest[2][1]
+        moved = await settled(2)
+        assert sorted(number for number, _ in moved) == [each for each in range(PARTITIONS) if lost >> each & 1]
+        third.start()
+        moved = await settled(3)
+        assert {replica for _, replica in moved} == {2}
+        assert len({number for number, _ in moved}) == len(moved) == PARTITIONS // REPLICAS
+        assert acts.twice == []
 
 
 def main() -> None:

@@ -408,11 +408,11 @@ class FakeCoreBus:
             for on_message in () if bus.is_cut else bus._heard[subject]:
                 on_message(payload)
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+    async def ask(self, subject: str, payload: bytes, *, within_s: float) -> bytes | None:
         await asyncio.sleep(0)
         made = [bus._answers[subject](payload) for bus in self.all if subject in bus._answers and not bus.is_cut]
         await asyncio.sleep(0)
-        return [answer for answer in made if answer is not None and not self.is_cut]
+        return made[0] if made and not self.is_cut else None
 
     def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
         self._heard[subject].append(on_message)

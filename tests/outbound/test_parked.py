@@ -175,3 +175,22 @@ async def test_what_waits_too_long_expires_where_it_waits() -> None:
     assert parked(bench) == ["c2"]
     await asyncio.sleep(LIMITS.park_ms / 1000)
     assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired"), ("c2", "expired")]
+
+
+async def test_a_parked_command_that_comes_again_is_not_read_again() -> None:
+    """Each reset of the consumer brings all of them once more: their bodies cost nothing."""
+    bench, shard = await ready(is_open=False)
+    commands = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
+    for delivery in commands:
+        shard.on_delivery(delivery)
+    await asyncio.sleep(20)
+    again = [delivery.again() for delivery in commands]
+    for delivery in again:
+        delivery.data = b"not to be read"
+        shard.on_delivery(delivery)
+    await asyncio.sleep(20)
+    assert [(each.command, each.outcome) for each in bench.bus.receipts()] == [(f"c{n}", "parked") for n in range(3)]
+    await user_writes(bench)
+    await asyncio.sleep(20)
+    assert [sent.text for sent in bench.chat.sent] == ["t0", "t1", "t2"]
+    assert [(old.acks, new.acks) for old, new in zip(commands, again, strict=True)] == [(0, 1)] * 3

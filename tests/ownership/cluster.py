@@ -76,9 +76,6 @@ class Line:
         await self.life.goes_on()
         return found
 
-    async def list_entries(self) -> list[Entry]:
-        raise NotImplementedError
-
     async def write(self, key: str, value: bytes | None, revision: int | None, *, ttl_s: int = 0) -> int:
         await self.life.goes_on()
         self._writes[key] += 1
@@ -125,8 +122,8 @@ class Line:
 
     def respond(self, subject: str, make: object) -> None: ...
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        return []
+    async def ask(self, subject: str, payload: bytes, *, within_s: float) -> bytes | None:
+        return None
 
     def hear(self, payload: bytes) -> None:
         if self.life.is_going and not (self.down or self.mute):
