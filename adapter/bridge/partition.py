@@ -77,8 +77,6 @@ class Partition:
                 person.restore(found)
             if number % 200 == 199:
                 await asyncio.sleep(0)  # thousands must not delay the renewal
-        for binding in bindings.of_partition(self.number):  # of two bots of one person the later one goes on
-            await self._sandbox(binding.sandbox).drop_replaced(binding)
 
     def _sandbox(self, name: str) -> Sandbox:
         if (sandbox := self._sandboxes.get(name)) is None:
@@ -232,8 +230,14 @@ class Partition:
                 sandbox.drop_gone(person)
             if sandbox.is_empty:
                 del self._sandboxes[name]
+            elif len(bound := self.parts.bindings.of_sandbox(name)) > len({each.key for each in bound}):
+                self._tasks.spawn(self._drop_replaced(sandbox))
         bindings = self.parts.bindings
         self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
+
+    async def _drop_replaced(self, sandbox: Sandbox) -> None:
+        with contextlib.suppress(Temporary, BusRefused, LeaseLost):  # later
+            await sandbox.drop_all_replaced()
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Adds the parked commands to `parked`, by reason. Returns the number of others in flight, with binds and the

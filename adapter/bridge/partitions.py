@@ -76,6 +76,8 @@ class Partitions:
         self._paused: set[int] = set()
         self._leaving: dict[int, list[Partition]] = {}
         """Partitions that were given away while requests were out."""
+        self._beginning: dict[int, set[str]] = {}
+        """Bots of which former owners told while their partition began here."""
         self._consuming: dict[int, asyncio.Task[None]] = {}
         """The consumers of each partition, or their start."""
         self._polling: dict[asyncio.Task[None], BotPoller] = {}
@@ -137,6 +139,7 @@ class Partitions:
     async def _begin(self, partition: Partition, consume: Callable[[Partition], Coroutine[Any, Any, None]]) -> None:
         """Begins a partition, and works for it until cancelled, or until it is lost."""
         tenure, clock = partition.tenure, self._parts.clock
+        told = self._beginning[partition.number] = set()
         try:
             await persist(self.bindings.catch_up, tenure, clock, "partition.bindings", partition=partition.number)
             # what is delivered again may belong to whom a record names
@@ -146,6 +149,9 @@ class Partitions:
         for person in partition:
             person.check_binding()  # it may have changed while they were read
         self.working[partition.number] = partition
+        for bot in told:  # there may be an entry behind those that were read
+            if (binding := self.bindings.get(bot)) is not None and self._number(binding) == partition.number:
+                await self._read_newest(binding, partition)
         self._follow_soon(*(binding.bot for binding in self.bindings.of_partition(partition.number)))
         async with asyncio.TaskGroup() as group:
             group.create_task(partition.handover.run(), name="handover")
@@ -254,8 +260,10 @@ class Partitions:
 
     def _on_polled(self, data: bytes) -> None:
         """A poll or send of another replica has ended, perhaps with an entry."""
-        polled = read_polled(data)
-        if polled is None or (partition := self.working.get(polled.partition)) is None:
+        if (polled := read_polled(data)) is None:
+            return
+        if (partition := self.working.get(polled.partition)) is None:
+            self._beginning.get(polled.partition, set()).add(polled.bot)
             return
         partition.handover.on_polled(polled)
         binding = self.bindings.get(polled.bot) if polled.bot else None
@@ -325,7 +333,8 @@ class Partitions:
         """Waits for what is out in a partition that is given away."""
         sending = self._tasks.spawn(self._wait_sent(number, partition))
         await asyncio.wait([watching, sending, release])
-        if number not in self._leaving:
+        told = self._still_open(number)
+        if not (told.bots or told.persons):
             await self.leases.clear_left(number)
 
     async def _wait_sent(self, number: int, partition: Partition | None) -> None:

@@ -11,7 +11,7 @@ record (`record`), written before each send. Of both the newer window counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,7 +22,7 @@ from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.persons import StoredPerson, binding_of
-from adapter.bridge.record import BOTS_KEPT, PersonState
+from adapter.bridge.record import BOTS_KEPT, Gone, PersonState
 from adapter.bridge.sender import Phase, Sender
 from adapter.bridge.sending import ServingBot
 from adapter.bridge.typing_indicator import TypingIndicators
@@ -33,11 +33,6 @@ from adapter.errors import Conflict, StaleRead
 
 CURSOR_SAVED_S = 86_400.0
 """Time after which the cursor of a silent person is stored."""
-
-
-Gone: TypeAlias = Literal["", "not_bound", "erased"]
-"""Why a person's time is over: nobody polls for them or sends to them, and nothing of theirs is stored. "": it is
-not."""
 
 
 class AnswerState(NamedTuple):

@@ -26,6 +26,7 @@ from adapter.bridge.handover import say_polled
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.receive import Receiver
+from adapter.bridge.record import Gone
 from adapter.bridge.sessions import BotSession
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
@@ -220,6 +221,10 @@ class BotPoller:
             end = partial(loop.call_soon, self._end_poll, for_lease)
             loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
 
+    def _leave(self, gone: Gone) -> None:
+        if self.person is not None:
+            self.person.leave(gone)
+
     # the life of a poller ---------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -228,13 +233,15 @@ class BotPoller:
         It is ended by `stop`. Cancellation would drop an answer that iLink may count as delivered.
         """
         sessions = self._parts.sessions
-        sessions.polled[self.bot], self.session.poll_now = self.session, self.cancel_poll
+        sessions.polled[self.bot] = self.session
+        self.session.poll_now, self.session.leave = self.cancel_poll, self._leave
         try:
             await self._serve()
         finally:
             self._end_refusal()
-            self.session.is_taken, self.session.poll_now = False, None  # breaks a reference cycle
-            await shield_with_grace(self._tell_end(), END_GRACE_S)
+            self.session.is_taken = False
+            self.session.poll_now = self.session.leave = None  # breaks a reference cycle
+            await shield_with_grace(self._announce_end(), END_GRACE_S)
             sessions.forget(self.bot, self.session)
             self._enter(State.ENDED)
 
@@ -314,7 +321,8 @@ class BotPoller:
         """The bot's person, once no former owner can have a poll of the bot; None: the poller must stop. Raises
         Temporary, LeaseLost, Refused."""
         parts = self._parts
-        await self._tell_polled()  # a poll of before may have been out
+        if not self.stopping():  # else `_announce_end` does
+            await self._publish_polled()  # a poll of before may have been out
         while not self.stopping() and (binding := parts.bindings.get(self.bot)) is not None:
             parts.sessions.account(binding)  # who cannot open the bot's token does not poll
             self._enter(State.WAITING, self.shown.why)
@@ -588,15 +596,18 @@ class BotPoller:
 
     # the end ----------------------------------------------------------------------------------------
 
-    async def _tell_end(self) -> None:
+    async def _announce_end(self) -> None:
         """Tells other replicas, and iLink if nobody polls the bot from now on."""
         parts, person = self._parts, self.person
-        await self._tell_polled()
+        is_gone = person is not None and parts.bindings.get(self.bot) is None
+        if is_gone:  # before a later bind may poll elsewhere
+            await self._notify(start=False)
+        await self._publish_polled()
         is_last = person is not None and person.tenure.is_over and not parts.presence.counting()
-        if person is not None and (is_last or parts.bindings.get(self.bot) is None):
+        if is_last and not is_gone:
             await self._notify(start=False)  # otherwise the next owner has already told iLink that it polls
 
-    async def _tell_polled(self) -> None:
+    async def _publish_polled(self) -> None:
         """Tells the next owner of the partition that no poll of the bot is out here any more."""
         if (person := self.person) is not None and person.tenure.is_over:
             await say_polled(self._parts, person.tenure.number, bot=self.bot)

@@ -30,6 +30,7 @@ from adapter.bridge.handover import say_polled
 from adapter.bridge.media import name_media
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import AnswerState, Person
+from adapter.bridge.persons import binding_of
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.window import InboundReceived
 from adapter.content.dedup import DedupWindow
@@ -278,6 +279,8 @@ class Receiver:
         if now is None or not is_owner:  # the bus may have one that is not known here yet
             await bindings.refresh(binding.bot)
             now = bindings.get(binding.bot)
+        if is_owner and binding_of(bindings, key) is not None:
+            return  # perhaps by another bot of theirs, which has taken the place of this one
         if now is None or (now.sandbox, now.since) != (key.sandbox, key.since):
             with contextlib.suppress(RecordTooNew, Refused):  # it cannot be read here, and says nothing
                 await self._person.read_newest()

@@ -6,6 +6,8 @@ newest entry of the person's subject has what came in; of both the newer window 
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import msgspec
 
 from adapter.contract.records import PrivateRecord
@@ -16,6 +18,10 @@ BOTS_KEPT = 4
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
 """Characters of a sent text that are kept for quotes of it."""
+
+Gone: TypeAlias = Literal["", "not_bound", "erased"]
+"""Why a person's time is over: nobody polls for them or sends to them, and nothing of theirs is stored. "": it is
+not."""
 
 
 class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

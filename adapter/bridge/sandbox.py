@@ -26,8 +26,9 @@ from adapter.bridge.handover import Handover
 from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
-from adapter.bridge.person import Gone, Person
+from adapter.bridge.person import Person
 from adapter.bridge.receipts import Address
+from adapter.bridge.record import Gone
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract import messages as contract
@@ -44,7 +45,7 @@ from adapter.contract.names import (
     person_token,
 )
 from adapter.contract.records import Binding, PersonKey
-from adapter.errors import UNDECODABLE, AdapterError, Crashed, Refused, Temporary, Unreadable
+from adapter.errors import UNDECODABLE, AdapterError, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.security.seal import bind_context, cursor_context
@@ -111,6 +112,13 @@ class Sandbox:
         if not is_bound and person.sender.is_idle and self.persons.get(person.key) is person:
             del self.persons[person.key]
 
+    async def drop_all_replaced(self) -> None:
+        """Of two bots of one person, which a bind has left that came to no end, the later one goes on. Raises
+        Temporary, LeaseLost."""
+        if not (self._is_held or self._controls):
+            for binding in self._bindings():
+                await self.drop_replaced(binding)
+
     @property
     def is_empty(self) -> bool:
         """Nothing has to be remembered."""
@@ -161,6 +169,10 @@ class Sandbox:
                 await self._answer(control)
         except Crashed as exc:
             await self._give_up(control, exc)
+        except LeaseLost:
+            raise
+        except Exception:  # its receipt is stored, or it comes again to the next owner: what is behind it goes on
+            log.exception("control.crashed", sandbox=self.name, sequence=control.sequence)
         self._is_held = False
         waiting, self._waiting = self._waiting, []
         for command in waiting:
@@ -314,6 +326,7 @@ class Sandbox:
         """Ends the other bots of a person; the one that was bound last goes on. Returns them. Raises Temporary,
         LeaseLost."""
         others = [each for each in self._bindings() if each.key == binding.key and each.bound < binding.bound]
+        others = [each for each in others if each.state != "too_new"]
         for each in others:
             await self._announce(each, "replaced", cause=f"{binding.bound}")  # first: a crash in between repeats it
             await self._parts.bindings.remove(each.bot, self._tenure.check)
@@ -327,7 +340,7 @@ class Sandbox:
             raise Refused("invalid", "An unbind names a `bot`, or says `all`: true.")
         leaving = [each for each in self._before(control) if unbind.all or each.bot == unbind.bot]
         await self._leave(leaving, control, "not_bound")
-        return CommandResult("applied", bots=tuple(each.bot for each in leaving))
+        return CommandResult("applied", bots=tuple(control.bots))
 
     async def _erase(self, control: QueuedCommand) -> None:
         """Deletes what is stored of a person who was unbound, beside what follows. Raises LeaseLost."""
@@ -357,19 +370,21 @@ class Sandbox:
         for person in persons:
             person.leave(gone)
         for binding in (each for each in self._bindings() if each.key in keys):
-            await parts.sessions.end_poll(binding.bot)
+            await parts.sessions.end_poll(binding.bot, gone)
         for person in persons:
             await person.sender.wait_idle()
             check()
             await parts.persons.end(person.key, check, erased=gone == "erased")
         for binding in leaving:
             await self._announce(binding, "unbound", control)
+            if binding.bot not in control.bots:
+                control.bots.append(binding.bot)
             await parts.bindings.remove(binding.bot, check)
-        handover, tenure = self._handover, self._tenure
-        bots = [
-            binding.bot for binding in leaving
-        ]  # a former owner cuts their polls now; a bind must not poll beside
-        await handover.changed.wait_until(lambda: tenure.is_over or all(map(handover.may_poll, bots)))
+        # a former owner cuts their polls now; a bind must not poll beside
+        handover, tenure, bots = self._handover, self._tenure, {control.bot, *control.bots} - {""}
+        await handover.changed.wait_until(
+            lambda: tenure.is_over or all(map(handover.may_poll, bots)), also=tenure.changed
+        )
         check()
 
     async def _reopen(self, number: int) -> None:

@@ -647,7 +647,7 @@ class Sender:
         person, sessions = self._person, self._parts.sessions
         refusal = sending.refusal(answer, person.state.head)
         self.phase = Phase.WAITING
-        if not await self._persist(lambda: sessions.is_alive(bot.id), "session"):
+        if not await self._persist(lambda: sessions.is_alive(bot.id, lambda: person.bot is None), "session"):
             if person.bot is not None and person.bot.id == bot.id:
                 person.bot = msgspec.structs.replace(person.bot, is_usable=False)
             self._head.refusal = msgspec.structs.replace(refusal, reason="needs_login")

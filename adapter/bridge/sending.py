@@ -124,6 +124,8 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     """Metrics label; unreadable for a message that is no command."""
     control: Bind | Unbind | Erase | None = None
     """What is to be applied; None: it is a command to send."""
+    bots: list[str] = []
+    """Those that it has unbound."""
     parts: list[Part] | None = None
     """One request each; None: the body is only on the bus."""
     part_count: int = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
+from adapter.bridge.record import Gone
 from adapter.bridge.sending import ServingBot
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
@@ -29,11 +30,14 @@ POLLED_WITHIN_S = 90.0
 class BotSession:
     """What the poller of a bot on this replica tells the persons whom the bot serves."""
 
-    __slots__ = ("is_polling", "is_stale", "is_taken", "poll_now", "polled_at", "restarted_at")
+    __slots__ = ("is_polling", "is_stale", "is_taken", "leave", "poll_now", "polled_at", "restarted_at")
 
     def __init__(self) -> None:
         self.poll_now: Callable[[], None] | None = None
         """Ends the bot's long poll, so that the next one tests the token; None: the poller does not run."""
+        self.leave: Callable[[Gone], None] | None = None
+        """Ends the time of the person as the poller knows them: a poll that was kept over two moves has an object of
+        its own."""
         self.is_polling = False
         """A poll is out, or what it has brought is being stored and published."""
         self.is_taken = False
@@ -103,17 +107,21 @@ class BotSessions:
         session = self.polled.get(bot)
         return session is not None and session.is_taken
 
-    async def end_poll(self, bot: str) -> None:
+    async def end_poll(self, bot: str, gone: Gone) -> None:
         """Cuts the bot's poll, and returns when what it has brought is stored, or a dead letter."""
         session = self.polled.get(bot)
+        if session is not None and session.leave is not None:
+            session.leave(gone)
+        self.changed.notify_all()  # nobody polls who could tell of the token
         if session is not None and session.is_polling and session.poll_now is not None:
             session.poll_now()
             await self.changed.wait_until(lambda: not session.is_polling)
 
-    async def is_alive(self, bot: str) -> bool:
+    async def is_alive(self, bot: str, is_over: Callable[[], bool]) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
         (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
-        starts the recovery if it is refused. An earlier poll is no proof."""
+        starts the recovery if it is refused. An earlier poll is no proof. `is_over`: the answer does not
+        matter any more."""
         binding = self._bindings.get(bot)
         if binding is None or self._is_dead(bot):
             return False
@@ -133,7 +141,7 @@ class BotSessions:
         if (session := self.polled.get(bot)) is not None and session.poll_now is not None:
             session.poll_now()
         await self.changed.wait_until(
-            lambda: is_polled() or self._is_dead(bot), POLLED_WITHIN_S, also=self._bindings.changed
+            lambda: is_polled() or is_over() or self._is_dead(bot), POLLED_WITHIN_S, also=self._bindings.changed
         )
         return is_polled() and not self._is_dead(bot)
 

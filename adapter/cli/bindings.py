@@ -128,7 +128,7 @@ async def unbind(
         await bus.check_subscribed()
         asked = Unbind(bot=bot, all=every, id=request_id or new_id())
         receipt = await request_control(bus, sandbox, asked, timeout)
-    done = "Unbound." if receipt.bots else "Nothing was bound."
+    done = "Unbound." if receipt.bots else "No such bot is bound here."
     return _print_receipt(receipt, json, done=done, former="unbound")
 
 

@@ -112,7 +112,7 @@ async def test_the_token_may_come_from_standard_input(bus: BusConnection) -> Non
 
 async def test_an_unbind_of_what_is_not_bound_does_not_say_that_it_unbound(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
-        assert (await cli("unbind", "s1", "--all")).out == "Nothing was bound.\n"
+        assert (await cli("unbind", "s1", "--all")).out == "No such bot is bound here.\n"
         adapter.control = UNBOUND
         assert (await cli("unbind", "s1", "--all")).out == "unbound  bot1@im.bot\nUnbound.\n"
 

@@ -102,7 +102,7 @@ async def test_an_answer_to_a_poll_that_began_before_is_no_proof_that_the_sessio
     bench = await ready()
     bench.chat.notify_fails, bench.chat.notify_took_s = SessionExpired("needs_login"), 2.0
     sessions = sessions_of(bench, BOT)
-    asked = asyncio.get_running_loop().create_task(sessions.is_alive(BOT))
+    asked = asyncio.get_running_loop().create_task(sessions.is_alive(BOT, lambda: False))
     await asyncio.sleep(1)
     sessions.polled[BOT].polled_at = bench.clock.monotonic()
     sessions.changed.notify_all()
