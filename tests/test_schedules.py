@@ -11,7 +11,6 @@ Replicas run as the service runs them, but for pollers: what users write the mod
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import random
 from collections import Counter, defaultdict, deque
@@ -33,6 +32,7 @@ from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
+from tests.fakes.succession import Succession
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SANDBOXES = ["s1", "s2"]
@@ -277,10 +277,11 @@ class Replica:
         self.bench.kill()
 
 
-class Model:
+class Model(Succession[Replica]):
     """The world of one schedule."""
 
     def __init__(self, settings: dict[str, int]) -> None:
+        super().__init__()
         self.settings = settings
         self.world = Bench()
         self.world.chat = self.chat = Phone(self.world.clock)
@@ -309,69 +310,24 @@ class Model:
         """How often a replica ended while nobody could write down what it knew."""
         self.persons: dict[tuple[str, str], set[int]] = defaultdict(set)
         """Since when, by sandbox and user: an id is forgotten with its person."""
-        self.replicas: list[Replica] = []
-        self.homes: dict[int, Replica] = {}
-        """Whose each partition is, or is about to be."""
-        self.heirs: dict[int, tuple[Replica, float]] = {}
-        """Who gets a partition that is being released, and when."""
         self.consumers: dict[int, tuple[Replica, Partition]] = {}
-        self.later: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> None:
-        first = await self._start()
-        second = await self._start() if self.settings["split"] else first
+        first = await self.start()
+        second = await self.start() if self.settings["split"] else first
         for name, owner in zip(SANDBOXES, (first, second), strict=True):
-            self._pass_on(self.number(name), owner)
+            self.pass_on(self.number(name), owner)
         for user in USERS:
             await self._bind("s1", self.bots[user], f"{user}@im.wechat")
 
     def number(self, sandbox: str) -> int:
         return self.world.names.partition_of(sandbox)
 
-    async def _start(self) -> Replica:
+    async def start(self) -> Replica:
         replica = Replica(self, len(self.replicas) + 1)
         self.replicas.append(replica)
         await replica.begin()
         return replica
-
-    async def _heir(self, number: int, *others: Replica) -> Replica:
-        """One of those who are well, or a new one."""
-        well = [each for each in self.replicas if each.is_well and each not in others]
-        return well[number] if number < len(well) else await self._start()
-
-    def _pass_on(self, number: int, heir: Replica, after_s: float = 0.0) -> None:
-        self.homes[number] = heir
-        self.call_later(after_s, partial(self._take, number, heir))
-
-    async def _take(self, number: int, heir: Replica) -> None:
-        if self.homes[number] is heir:
-            if heir.is_well:
-                heir.take(number)
-            else:  # it has died before it could
-                await self._inherit(heir, 0)
-
-    def on_released(self, number: int) -> None:
-        if number in self.heirs:
-            self._pass_on(number, *self.heirs.pop(number))
-
-    async def _inherit(self, lost: Replica, heir: int) -> None:
-        """What a replica owned that renews no more is another's in time."""
-        for number, home in self.homes.items():
-            if home is lost:
-                self.heirs.pop(number, None)
-        await asyncio.sleep(4)
-        taker = await self._heir(heir, lost)
-        for number, home in [*self.homes.items()]:
-            if home is lost:
-                self._pass_on(number, taker)
-
-    def call_later(self, seconds: float, then: Callable[[], object]) -> None:
-        async def wait() -> None:
-            await asyncio.sleep(seconds)
-            if inspect.isawaitable(under_way := then()):
-                await under_way
-
-        self.later.add(asyncio.get_running_loop().create_task(wait()))
 
     # the bus
 
@@ -482,7 +438,7 @@ class Model:
 
     async def bind(self, *, user: str, sandbox: str, anew: bool, named: bool) -> None:
         """With a new token, or a new bot of the user; here or in another sandbox."""
-        self.call_later(0.0, partial(self._bind_user, user, sandbox, anew=anew, named=named))
+        self.later(0.0, partial(self._bind_user, user, sandbox, anew=anew, named=named))
 
     async def _bind_user(self, user: str, sandbox: str, *, anew: bool, named: bool) -> None:
         async with self.binding:
@@ -516,7 +472,7 @@ class Model:
             await asyncio.sleep(0.1)
 
     async def unbind(self, *, user: str) -> None:
-        self.call_later(0.0, partial(self._unbind_user, user))
+        self.later(0.0, partial(self._unbind_user, user))
 
     async def _unbind_user(self, user: str) -> None:
         async with self.binding:
@@ -538,7 +494,7 @@ class Model:
             if (binding := self.world.bindings.get(bot)) and self.number(binding.sandbox) in self.consumers:
                 self.consumers[self.number(binding.sandbox)][1].on_binding(None, binding)
 
-        self.call_later(seconds, over)
+        self.later(seconds, over)
 
     async def lease(self, *, sandbox: str, seconds: float) -> None:
         """The owner cannot renew, and nobody takes what it has."""
@@ -548,11 +504,11 @@ class Model:
         def back() -> None:
             leases.has_lease = True
 
-        self.call_later(seconds, back)
+        self.later(seconds, back)
 
     async def bus(self, *, seconds: float) -> None:
         self.hold.up.clear()
-        self.call_later(seconds, self.hold.up.set)
+        self.later(seconds, self.hold.up.set)
 
     async def reads(self, *, times: int) -> None:
         self.world.bus.unreadable += times
@@ -568,22 +524,22 @@ class Model:
         self.deaths += 1
         # what was asked and not heard, or heard and not written down
         self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 120}
-        await self._inherit(dead, heir)
+        await self.inherit(dead, heir)
 
     async def leave(self, *, sandbox: str, heir: int, seconds: float) -> None:
         leaving = self.homes[self.number(sandbox)]
         if not leaving.is_well:
             return
-        taker = await self._heir(heir, leaving)
+        taker = await self.heir(heir, leaving)
         leaving.is_well = False
         for number in leaving.bench.leases.owned:
             self.heirs.setdefault(number, (taker, 0.0))
         self._gives(leaving)
-        self.call_later(0.0, partial(self._leave, leaving, seconds))
+        self.later(0.0, partial(self._leave, leaving, seconds))
 
     async def _leave(self, leaving: Replica, seconds: float) -> None:
         await leaving.leave(seconds)
-        await self._inherit(leaving, 0)
+        await self.inherit(leaving, 0)
 
     async def give(self, *, number: int, sandbox: str, heir: int, busy: bool, after_s: float, deaf_s: float) -> None:
         """As one who has too many does, perhaps while a request is out; at times it gets the partition back, or hears
@@ -594,7 +550,7 @@ class Model:
         giver = self.homes[number]
         if not giver.is_well or number not in giver.bench.leases.owned or number in self.heirs:
             return
-        self.heirs[number] = (giver if heir == 3 else await self._heir(heir, giver)), after_s
+        self.heirs[number] = (giver if heir == 3 else await self.heir(heir, giver)), after_s
         self._gives(giver)
         await giver.bench.replica.partitions.give(number)
         if deaf_s and giver.life.is_going and self.chat.took_s < SILENT_S:  # nobody waits longer for who is cut off
@@ -621,7 +577,7 @@ class Model:
             late = [sent for sent in self.chat.sent if began <= sent.at_s <= began + 0.1]
             self.chat.unanswered |= {sent.client_id for sent in late}
 
-        self.call_later(1.0, had_begun)
+        self.later(1.0, had_begun)
         if not giver.bench.leases.has_lease or not self.hold.up.is_set():  # nobody can write down what was heard
             self.unsaved += 1
             self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 60}
@@ -641,7 +597,7 @@ class Model:
             each.bench.leases.has_lease = True
             each.bench.stale.clear()
         async with asyncio.timeout(3600):
-            while later := [each for each in self.later if not each.done()]:
+            while later := [each for each in self.waits if not each.done()]:
                 await asyncio.gather(*later)
         await asyncio.sleep(SETTLED_S)
         self._rest()

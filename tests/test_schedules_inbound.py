@@ -11,7 +11,6 @@ ended is a dead letter.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import random
 from collections import Counter
@@ -31,14 +30,13 @@ from adapter.ports import Account, Polled, StoredMessage
 from adapter.simulator import samples
 from tests.fakes import Bench, FakeBus, FakeChat, FakeDelivery, Life, VirtualLoop
 from tests.fakes.mortal import Command, mortal
+from tests.fakes.succession import Succession
 from tests.inbound.pollers import opened
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "40"))
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 SANDBOXES = ["s1", "s2"]
 PNG = samples.png()
-TAKEN_OVER_S = 4.0
-"""From the end of an owner until the next one has its shards."""
 NOTICED_S = 0.5
 """From when a replica goes on that was stopped until it has noticed that."""
 AGAIN: dict[str, dict[str, Any]] = {
@@ -279,8 +277,9 @@ class Bus(FakeBus):
         return seq
 
 
-class Model:
+class Model(Succession[Replica]):
     def __init__(self) -> None:
+        super().__init__()
         self.world = Bench()
         self.world.bus = Bus(self.world.names, self.world.clock, on_put=self._on_put)
         self.box = Mailbox(self.world.clock, self.world.cdn)
@@ -291,13 +290,7 @@ class Model:
         self.world.person_bucket.on_write = self._wait
         self.box.before_poll = self._check_cursor
         self.controlling = asyncio.Lock()
-        self.all: list[Replica] = []
-        self.homes: dict[int, Replica] = {}
-        """Whose each partition is, or is about to be."""
         self.consumers: dict[int, tuple[Replica, Partition]] = {}
-        self.heirs: dict[int, tuple[Replica, float]] = {}
-        """Who gets a partition that is being released, and when."""
-        self.waits: set[asyncio.Task[None]] = set()
         self.wrong: list[str] = []
         self.commands: dict[int, FakeDelivery] = {}
         """Binds and unbinds, by sequence."""
@@ -311,9 +304,9 @@ class Model:
 
     async def begin(self) -> None:
         self.world.bindings.add_listener(self._on_binding)
-        first = await self._start()
+        first = await self.start()
         for name in SANDBOXES:
-            self._pass_on(self.world.names.partition_of(name), first)
+            self.pass_on(self.world.names.partition_of(name), first)
         await self._bind("s1", 0)
 
     def now(self) -> float:
@@ -345,13 +338,13 @@ class Model:
         if not kept.issuperset(passed):
             self.wrong.append(f"the cursor says {cursor}, and {len(kept)} are stored")
 
-    async def _start(self) -> Replica:
+    async def start(self) -> Replica:
         life = Stopping()
-        bench = mortal(self.world, len(self.all) + 1, life)
+        bench = mortal(self.world, len(self.replicas) + 1, life)
         bench.bus_up = self.up
         replica = Replica(self, bench, life)
-        bench.leases.on_released = self._on_released
-        self.all.append(replica)
+        bench.leases.on_released = self.on_released
+        self.replicas.append(replica)
         await replica.begin()
         return replica
 
@@ -375,53 +368,14 @@ class Model:
 
     # replicas
 
-    async def _heir(self, number: int, *others: Replica) -> Replica:
-        """One of those who are well, or a new one."""
-        well = [each for each in self.all if each.is_well and each not in others]
-        return well[number] if number < len(well) else await self._start()
-
-    def _pass_on(self, number: int, heir: Replica, after_s: float = 0.0) -> None:
-        self.homes[number] = heir
-        self._later(after_s, partial(self._take, number, heir))
-
-    async def _take(self, number: int, heir: Replica) -> None:
-        if self.homes[number] is heir:
-            if heir.is_well:
-                heir.take(number)
-            else:  # it has died before it could
-                await self._inherit(heir, 0)
-
-    def _on_released(self, number: int) -> None:
-        if number in self.heirs:
-            self._pass_on(number, *self.heirs.pop(number))
-
-    async def _inherit(self, lost: Replica, heir: int) -> None:
-        """What a replica owned that renews no more is another's in time."""
-        for number, home in self.homes.items():
-            if home is lost:
-                self.heirs.pop(number, None)
-        await asyncio.sleep(TAKEN_OVER_S)
-        taker = await self._heir(heir, lost)
-        for number, home in [*self.homes.items()]:
-            if home is lost:
-                self._pass_on(number, taker)
-
     def _who(self, who: str) -> Replica | None:
         """None: there is nobody."""
         binding = self.world.bindings.get(BOT)
         owner = self.homes[self.world.names.partition_of(binding.sandbox if binding else "s1")]
-        poller = next((each for each in self.all if each.polls), None)
-        living = [each for each in self.all if not each.is_dead and each.life.is_going]
+        poller = next((each for each in self.replicas if each.polls), None)
+        living = [each for each in self.replicas if not each.is_dead and each.life.is_going]
         found = {"owner": owner, "poller": poller, "anybody": living[0] if living else None}[who]
         return found if found in living else None
-
-    def _later(self, seconds: float, then: Callable[[], object]) -> None:
-        async def wait() -> None:
-            await asyncio.sleep(seconds)
-            if inspect.isawaitable(under_way := then()):
-                await under_way
-
-        self.waits.add(asyncio.get_running_loop().create_task(wait()))
 
     # steps
 
@@ -452,22 +406,22 @@ class Model:
             if owner.is_well:
                 leases.has_lease = True
 
-        self._later(seconds, back)
+        self.later(seconds, back)
 
     async def bus(self, *, seconds: float) -> None:
         self.up.clear()
-        self._later(seconds, self.up.set)
+        self.later(seconds, self.up.set)
 
     async def deaf(self, *, who: str, seconds: float) -> None:
         """It hears nobody on plain NATS, and nobody hears it."""
         if (replica := self._who(who)) is not None:
             replica.cut(1)
-            self._later(seconds, lambda: replica.cut(-1))
+            self.later(seconds, lambda: replica.cut(-1))
 
     async def die(self, *, who: str, heir: int) -> None:
         if (dead := self._who(who)) is not None:
             dead.die()
-            await self._inherit(dead, heir)
+            await self.inherit(dead, heir)
 
     async def freeze(self, *, kinds: list[str], is_done: bool, seconds: float, heir: int) -> None:
         """Who polls stops as it stores something, and goes on when another one has its partitions."""
@@ -483,16 +437,16 @@ class Model:
             stopped.life.stops_at = None
             return
         stopped.stop()
-        await self._inherit(stopped, heir)
-        self._later(seconds, stopped.go_on)
-        self._later(seconds + NOTICED_S, stopped.notice)
+        await self.inherit(stopped, heir)
+        self.later(seconds, stopped.go_on)
+        self.later(seconds + NOTICED_S, stopped.notice)
 
     async def give(self, *, sandbox: str, heir: int, after_s: float, deaf_s: float) -> None:
         """As one who has too many does; at times it gets the partition back, or hears nobody from then on."""
         number = self.world.names.partition_of(sandbox)
         giver = self.homes[number]
         if giver.is_well and number in giver.bench.leases.owned and number not in self.heirs:
-            taker = giver if heir == 3 else await self._heir(heir, giver)
+            taker = giver if heir == 3 else await self.heir(heir, giver)
             self.heirs[number] = taker, after_s
             await giver.bench.replica.partitions.give(number)
             if deaf_s:
@@ -504,20 +458,20 @@ class Model:
         leaving = self._who("owner")
         if leaving is None or not leaving.is_well:
             return
-        taker = await self._heir(heir, leaving)
+        taker = await self.heir(heir, leaving)
         for number in leaving.bench.leases.owned:
             self.heirs.setdefault(number, (taker, 0.0))
-        self._later(0.0, partial(self._leave, leaving, seconds))
+        self.later(0.0, partial(self._leave, leaving, seconds))
 
     async def _leave(self, leaving: Replica, seconds: float) -> None:
         await leaving.leave(seconds)
-        await self._inherit(leaving, 0)
+        await self.inherit(leaving, 0)
 
     async def bind(self, *, sandbox: str, token: int) -> None:
-        self._later(0.0, partial(self._bind, sandbox, token))
+        self.later(0.0, partial(self._bind, sandbox, token))
 
     async def unbind(self) -> None:
-        self._later(0.0, self._unbind)
+        self.later(0.0, self._unbind)
 
     async def forget_ids(self) -> None:
         self.world.bus.forget_ids()
@@ -560,11 +514,11 @@ class Model:
         wrong = list(dict.fromkeys(self.wrong))
         if self.box.most_out > 1:
             wrong.append(f"polls: {self.box.most_out} at once")
-        if (out := [each.polls for each in self.all].count(True)) != 1:
+        if (out := [each.polls for each in self.replicas].count(True)) != 1:
             wrong.append(f"polls: {out} at the end")
         if left := {number: key.left for number, key in self.world.keys.items() if key.left}:
             wrong.append(f"left: {left}")
-        wrong += [f"failed: {each.bench.failed}" for each in self.all if each.bench.failed]
+        wrong += [f"failed: {each.bench.failed}" for each in self.replicas if each.bench.failed]
         number_of = {said["create_time_ms"]: number for number, said in enumerate(self.box.said, 1)}
         kept = self.letters.union(*(time.got for time in self.times.values()))
         if missing := [number for ms, number in number_of.items() if ms not in kept]:
