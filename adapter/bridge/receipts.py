@@ -76,9 +76,8 @@ class Receipts:
         shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
     ) -> None:
         """Publishes the receipt of a command, bind, unbind or erase, and before that the dead letter if it is one,
-        and counts it. `check`
-        raises LeaseLost unless this replica may end the command. Raises Temporary, LeaseLost; StaleRead if a command
-        is parked that has ended."""
+        and counts it. `check` raises LeaseLost unless this replica may end it. Raises Temporary, LeaseLost; StaleRead
+        if a command is parked that has ended."""
         ref = command.ref
         ensure_owner = None if result.is_sent else check  # another owner may still send it
         if ensure_owner is not None:

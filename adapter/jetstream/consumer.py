@@ -37,7 +37,7 @@ log = structlog.get_logger()
 BATCH, REQUEST_AT = 512, 384
 """Messages that are requested at most, and the number of those at which more are requested."""
 CREATE_S = 15.0
-"""Longest wait for a new consumer; in a cluster each takes a tenth of a second, and a start makes 130."""
+"""Longest wait for a new consumer; in a cluster each takes a tenth of a second, and a start makes 33."""
 EXPIRES_S = 10.0
 """Duration of a pull, and so the time for which the pulls of a frozen owner take deliveries. It is the shortest one
 for these heartbeats."""
