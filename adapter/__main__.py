@@ -43,7 +43,7 @@ def _redact_uncaught_exceptions() -> None:
         trace: TracebackType | None,
         where: str = "",
     ) -> None:
-        from adapter.observability.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _end_on_sigterm
+        from adapter.tools.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _end_on_sigterm
 
         text = "".join([where, *traceback.format_exception(kind, exc, trace)])
         sys.stderr.write(redact_text(text, 2 * TRACEBACK_CHARS) + "\n")

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from adapter.content.dedup import MessageKeys
-from adapter.content.quotes import Reference
 from adapter.contract.messages import InboundItem, Quote
+from adapter.contract.quotes import Reference
+from adapter.contract.repeats import MessageKeys
 
 # iLink ----------------------------------------------------------------------------------------------
 

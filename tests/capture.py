@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from adapter.observability import logs
+from adapter.tools import logs
 
 WORDS = "poison-words"
 """Those of a message or command at fault. What is raised says them, and no log may."""

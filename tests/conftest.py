@@ -27,7 +27,7 @@ from nats.aio.client import Client
 
 from adapter.bridge.poller import BotPoller
 from adapter.jetstream.client import BusClient
-from adapter.observability.decoding import log_once
+from adapter.tools.decoding import log_once
 from tests import canary
 from tests.capture import Capture, capturing
 from tests.fakes import Bench, VirtualLoop

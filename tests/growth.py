@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from adapter.kit.tasks import TaskSet
+from adapter.tools.tasks import TaskSet
 
 TABLES = (dict, set, list, deque)
 

@@ -11,9 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.jetstream import topology
-from adapter.kit.persist import ATTEMPTS
 from adapter.replica import consumers
 from adapter.replica.consumers import consume
+from adapter.tools.tasks import ATTEMPTS
 from tests.fakes import Bench
 
 VIRTUAL_TIME = True

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from adapter.bridge.record import PersonRecord
 from adapter.contract.records import Binding, Lease, LoginRecord, PrivateRecord
 from adapter.errors import UNDECODABLE, RecordTooNew
-from adapter.observability.decoding import SAID_KEPT, decode_record
+from adapter.tools.decoding import SAID_KEPT, decode_record
 from tests.newer import made_newer
 
 RECORDS: list[PrivateRecord] = [

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.content.dedup import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, DedupWindow, MessageKeys, bot_of
+from adapter.contract.repeats import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, DedupWindow, MessageKeys, bot_of
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000

@@ -13,8 +13,8 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.copies import Lacking
 from adapter.jetstream.topology import Difference
-from adapter.observability.metrics import Metrics
 from adapter.replica.health import BUS_GRACE_S, CHECK_S, Health
+from adapter.tools.metrics import Metrics
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.kit.json_repair import as_utf8, without_controls, without_halves
+from adapter.tools.decoding import as_utf8, without_controls, without_halves
 
 SIZE = 1 << 20
 PARTS = [

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from adapter.contract.messages import Bind
-from adapter.observability import logs
+from adapter.tools import logs
 from tests.capture import Capture
 
 TOKEN = "b0f5860fdecb@im.bot:0600abcdCANARY"

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.content import media
-from adapter.content.media import Kind, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
 from adapter.simulator import samples
+from adapter.tools import media_types
+from adapter.tools.media_types import Kind, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
 
 SILK = samples.silk(1.0)
 RIFF = samples.wav(2.0)
@@ -97,8 +97,8 @@ def test_a_broken_end_costs_the_end() -> None:
         b"\x02#!SILK_V3\x10\x00short",
         b"\x02#!SILK_V3\xff\x7f" + bytes(40_000),
         b"\x02#!SILK_V3" + (struct.pack("<h", 900) + b"\xff" * 900) * 5,
-        SILK + bytes(media.SILK_MAX_BYTES),
-        SILK[:10] + b"\x01\x00\x00" * (media.SILK_MAX_FRAMES + 1),
+        SILK + bytes(media_types.SILK_MAX_BYTES),
+        SILK[:10] + b"\x01\x00\x00" * (media_types.SILK_MAX_FRAMES + 1),
     ],
 )
 def test_what_is_no_recording_becomes_none(data: bytes) -> None:
@@ -111,21 +111,21 @@ def test_no_bytes_break_the_decoder(noise: bytes, at: int) -> None:
 
 
 def test_without_the_library_there_is_no_wav(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "pysilk", None)
+    monkeypatch.setattr(media_types, "pysilk", None)
     assert silk_to_wav(SILK) is None
     assert silk_duration_ms(SILK) == 1000
 
 
 def test_a_recording_ends_where_a_frame_is_longer_than_the_decoder_takes() -> None:
-    frames = [bytes(size) for size in (media.SILK_FRAME_MAX, media.SILK_FRAME_MAX + 1, 10)]
+    frames = [bytes(size) for size in (media_types.SILK_FRAME_MAX, media_types.SILK_FRAME_MAX + 1, 10)]
     data = b"\x02#!SILK_V3" + b"".join(struct.pack("<h", len(frame)) + frame for frame in frames)
-    assert silk_duration_ms(data) == media.SILK_FRAME_MS
+    assert silk_duration_ms(data) == media_types.SILK_FRAME_MS
 
 
 def test_a_recording_that_is_longer_than_any_has_no_length() -> None:
     """Frames of a byte would take seconds to be counted."""
     frame = b"\x01\x00x"
-    longest = SILK[:10] + frame * media.SILK_MAX_FRAMES
+    longest = SILK[:10] + frame * media_types.SILK_MAX_FRAMES
     assert silk_duration_ms(longest) == 600_000
     assert silk_duration_ms(longest + frame) is None
 

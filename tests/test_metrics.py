@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter import __version__
-from adapter.observability.metrics import Metrics
+from adapter.tools.metrics import Metrics
 
 LIBRARY = ("process_", "python_gc_")
 

@@ -16,7 +16,7 @@ from adapter.bridge.leases import Tenure
 from adapter.bridge.partition import Partition
 from adapter.bridge.partitions import CUT_S, RESTART_S
 from adapter.bridge.poller import ANSWER_GRACE_S, BotPoller, State
-from adapter.bridge.status import QUERY_TIMEOUT_S, Replicas
+from adapter.bridge.presence import QUERY_TIMEOUT_S, Replicas
 from adapter.contract.names import to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import Temporary

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from adapter.contract.names import Names
-from adapter.security.permissions import Allowed, Grants, Permissions, covers, overlaps
+from adapter.tools.permissions import Allowed, Grants, Permissions, covers, overlaps
 from tests.bus.accounts import OF_ONE, ROLES, exports, grants, imports, server_config
 from tests.generate import ROOT
 

@@ -15,11 +15,11 @@ import pytest
 
 from adapter.contract.names import Names
 from adapter.errors import SettingsError
-from adapter.kit.timing import SystemClock
-from adapter.kit.web import MAX_CONNECTIONS
-from adapter.observability.metrics import Metrics
 from adapter.replica.health import Health
 from adapter.replica.probes import ProbeServer
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import SystemClock
+from adapter.tools.web import MAX_CONNECTIONS
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

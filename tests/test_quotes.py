@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.content.quotes import (
+from adapter.contract.messages import Quote
+from adapter.contract.quotes import (
     MAX_TEXT,
     Part,
     Reference,
@@ -17,7 +18,6 @@ from adapter.content.quotes import (
     cut_to_part,
     resolve_quote,
 )
-from adapter.contract.messages import Quote
 
 
 def md5(text: str) -> str:

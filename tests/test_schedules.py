@@ -28,8 +28,8 @@ from adapter.bridge.partition import Partition
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Entry
+from adapter.tools.timing import ChangeSignal
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
 from tests.fakes.succession import Succession

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapter.errors import Refused
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
 
 BOT = "b1@im.bot"
 TOKEN = "b1@im.bot:SECRET"

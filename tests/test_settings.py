@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from adapter.bridge.window import SENT_KEPT
-from adapter.environment import read_settings
 from adapter.errors import SettingsError
-from adapter.settings import Settings, split_addr
+from adapter.settings import Settings, read_settings, split_addr
 
 KEY = base64.b64encode(b"k" * 32).decode()
 OLD_KEY = base64.b64encode(b"o" * 32).decode()

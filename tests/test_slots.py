@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from adapter.kit.slots import FairSlots
+from adapter.tools.concurrency import FairSlots
 
 VIRTUAL_TIME = True
 

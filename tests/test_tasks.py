@@ -9,7 +9,7 @@ import weakref
 from structlog.testing import capture_logs
 
 from adapter.errors import LeaseLost
-from adapter.kit.tasks import TaskSet
+from adapter.tools.tasks import TaskSet
 
 VIRTUAL_TIME = True
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from adapter.kit.timing import (
+from adapter.tools.timing import (
     PerTickLimiter,
     raise_if_cancelled,
     shield_with_grace,

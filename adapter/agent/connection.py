@@ -20,8 +20,8 @@ from adapter.jetstream.api_replies import decode_ack
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.ports import PubAck
-from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
+from adapter.tools.permissions import inbox as inbox_prefix
 
 ANSWER_S = 5.0
 CONNECT_S = 6.0

@@ -11,10 +11,10 @@ from uuid import uuid4
 
 import msgspec
 
-from adapter.content.media import clean_file_name
 from adapter.contract.messages import Media, MediaQuery
 from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD
 from adapter.errors import Refused, Unreadable
+from adapter.tools.media_types import clean_file_name
 
 PIECE_BYTES = 256 * 1024
 NAME_CHARS = 60

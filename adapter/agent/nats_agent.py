@@ -27,8 +27,8 @@ from synadia_ai.agents import (
 
 from adapter.agent.runner import Answer, Turn, cut, until_answered
 from adapter.agent.sandbox import Message
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import OutItem
+from adapter.contract.quotes import kind_of
 from adapter.errors import AdapterError, Refused, Temporary
 
 ITEMS = 10

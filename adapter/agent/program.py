@@ -23,7 +23,7 @@ from adapter.agent.runner import Answer, Turn, cut
 from adapter.agent.sandbox import Message
 from adapter.contract.messages import OutItem
 from adapter.errors import Refused, SettingsError, Temporary
-from adapter.kit.children import die_with_parent, hide_secrets
+from adapter.tools.process import die_with_parent, hide_secrets
 
 log = structlog.get_logger()
 

@@ -25,7 +25,7 @@ from nats.errors import Error as NatsError
 from adapter.contract.messages import Inbound, InboundItem, NextPage, NextQuery
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_POSITION, Names, read_position
 from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary
-from adapter.kit.timing import ChangeSignal, backoff
+from adapter.tools.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
 

@@ -23,8 +23,6 @@ from adapter.agent.connection import MEDIA_WAIT_S, Connection
 from adapter.agent.media import File, MediaFile, get_media, put_media, read, save
 from adapter.agent.reader import Reader, retry
 from adapter.agent.texts import TEXTS
-from adapter.content.media import file_name, identify
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import (
     COMMAND_BYTES,
     SCHEMA_VERSION,
@@ -46,10 +44,11 @@ from adapter.contract.names import (
     H_SCHEMA,
     check_sandbox,
 )
-from adapter.environment import read_settings
+from adapter.contract.quotes import kind_of
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary, Unreadable
-from adapter.kit.timing import raise_if_cancelled, wait_event
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools.media_types import file_name, identify
+from adapter.tools.timing import raise_if_cancelled, wait_event
 
 log = structlog.get_logger()
 

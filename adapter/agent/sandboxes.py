@@ -16,10 +16,9 @@ from adapter.agent.connection import ANSWER_S, Connection
 from adapter.agent.reader import retry
 from adapter.agent.sandbox import Sandbox
 from adapter.contract.messages import BindingEvent, BindingsPage, BindingsQuery
-from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, AdapterError
-from adapter.kit.timing import wait_event
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools.timing import wait_event
 
 log = structlog.get_logger()
 

@@ -20,9 +20,9 @@ from msgspec.structs import replace
 
 from adapter.agent.runner import Answer, Turn, until_answered
 from adapter.agent.sandbox import Sandbox
-from adapter.content.media import identify
 from adapter.contract.messages import OutItem, OutText, TextItem
 from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
+from adapter.tools.media_types import identify
 
 CHECK_S = 5.0
 SECRET_PREFIX = "whsec_"

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from adapter.bridge import texts
 from adapter.bridge.record import CommandRef
-from adapter.content.media import clean_file_name
 from adapter.contract.messages import (
     COMMAND_BYTES,
     CommandId,
@@ -25,7 +24,8 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_COMMAND, H_ORIGINAL, check_sandbox, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
-from adapter.kit.json_repair import without_halves
+from adapter.tools.decoding import without_halves
+from adapter.tools.media_types import clean_file_name
 
 PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""

@@ -17,9 +17,9 @@ import msgspec
 from adapter.bridge.window import InboundReceived
 from adapter.contract.records import PrivateRecord
 from adapter.errors import UNDECODABLE, Refused, Unreadable
-from adapter.observability.decoding import decode_record
 from adapter.ports import MediaRef, StoredMessage
-from adapter.security.seal import Sealer, entry_context
+from adapter.tools.decoding import decode_record
+from adapter.tools.seal import Sealer, entry_context
 
 MESSAGES = 100
 """Most messages in one entry. A longer answer is stored as several, one after the other."""

@@ -16,12 +16,11 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 import structlog
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.entries import clear_of
 from adapter.bridge.receipts import Receipts
 from adapter.bridge.record import CommandRef
 from adapter.bridge.sending import CommandResult
-from adapter.content.dedup import bot_of
 from adapter.contract import messages as contract
 from adapter.contract.messages import Erase
 from adapter.contract.names import (
@@ -36,9 +35,10 @@ from adapter.contract.names import (
     media_prefix,
     person_token,
 )
+from adapter.contract.repeats import bot_of
 from adapter.errors import UNDECODABLE, Conflict
-from adapter.kit.timing import Clock, backoff
 from adapter.ports import Bucket, Bus, BusMessage, History, StoredMessage
+from adapter.tools.timing import Clock, backoff
 
 log = structlog.get_logger()
 

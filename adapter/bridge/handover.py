@@ -18,9 +18,9 @@ import structlog
 
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
-from adapter.bridge.status import ReplicaStatus, StatusAsked
+from adapter.bridge.presence import ReplicaStatus, StatusAsked
 from adapter.errors import UNDECODABLE, Temporary
-from adapter.kit.timing import ChangeSignal
+from adapter.tools.timing import ChangeSignal
 
 log = structlog.get_logger()
 

@@ -24,7 +24,7 @@ from adapter.bridge.record import CommandRef
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.contract.messages import Window
 from adapter.errors import Crashed, Refused, Temporary, Unreadable
-from adapter.kit.persist import persist
+from adapter.tools.tasks import persist
 
 log = structlog.get_logger()
 

@@ -25,10 +25,10 @@ import structlog
 from adapter.bridge.presence import Free, Presence, share
 from adapter.contract.records import Lease
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import ChangeSignal, Clock
-from adapter.observability.metrics import Metrics
 from adapter.ports import Entry, LeaderBucket
+from adapter.tools.metrics import Metrics
+from adapter.tools.tasks import TaskSet
+from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

@@ -1,4 +1,6 @@
-"""Media of inbound messages: named in the message at once, fetched from iLink's CDN to the object store behind it.
+"""Media both ways: fetched from iLink's CDN to the object store, and uploaded to it for a command.
+
+Those of an inbound message are named in it at once, and fetched behind it.
 
 Nothing waits for a fetch but who asks for the bytes, and no list of fetches is kept: whatever a crash, a failure or a
 bound has left out, the message's sealed references bring when somebody asks.
@@ -8,29 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import structlog
 
+from adapter.bridge.commands import MediaPart
 from adapter.bridge.entries import read_entry
-from adapter.content import media
-from adapter.content.dedup import bot_of
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, InboundItem, Media, VoiceItem
 from adapter.contract.names import Names, media_object, read_position
+from adapter.contract.quotes import kind_of
+from adapter.contract.repeats import bot_of
 from adapter.errors import UNDECODABLE, BusRefused, LeaseLost, Refused, Temporary, Unreadable
-from adapter.kit.slots import FairSlots
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import Clock, backoff
-from adapter.observability.metrics import Metrics
-from adapter.ports import Cdn, History, MediaRef, Objects, Pieces, StoredObject
-from adapter.security.seal import Sealer
+from adapter.ports import Account, Cdn, History, MediaRef, Objects, Pieces, Read, StoredObject, Uploaded
+from adapter.tools import media_types
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.media_types import HEAD, file_name, identify
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer
+from adapter.tools.tasks import TaskSet
+from adapter.tools.timing import Clock, backoff
 
 log = structlog.get_logger()
 
 ATTEMPTS = 3
+PIECE = 64 * 1024
+"""Bytes in one piece of a media item that the command itself brings."""
 FETCH_S = 60.0
 """Longest time of one attempt. Its slot is one of a few."""
 MAX_FETCHES, MAX_FETCHES_PER_SANDBOX = 1024, 64
@@ -82,7 +90,7 @@ def name_media(
             size=fetch.size,
             duration_ms=length_ms,
         )
-        if isinstance(item, VoiceItem) and media.HAS_VOICE:
+        if isinstance(item, VoiceItem) and media_types.HAS_VOICE:
             wav = Media(object=f"{found.object}{WAV}", name="voice.wav", mime="audio/wav", duration_ms=length_ms)
             named[fetch.item] = msgspec.structs.replace(item, media=found, wav=wav)
         else:
@@ -230,16 +238,16 @@ class MediaFetcher:
         """Raises Refused (the CDN failed), Temporary, Unreadable, BusRefused (the store failed), LeaseLost, and
         anything where the code fails."""
         stored = await self._objects.get_info(fetch.object) or await self._put(fetch, self._plain(fetch.source))
-        if _last_object(fetch) == fetch.object or stored.size > media.SILK_MAX_BYTES:
+        if _last_object(fetch) == fetch.object or stored.size > media_types.SILK_MAX_BYTES:
             return
         recording = b"".join([piece async for piece in self._objects.read(stored)])
-        if media.is_silk(recording) and (wav := await self._to_wav(recording)) is not None:
+        if media_types.is_silk(recording) and (wav := await self._to_wav(recording)) is not None:
             await self._put(fetch._replace(object=_last_object(fetch)), _once(wav))
 
     async def _put(self, fetch: MediaFetch, pieces: Pieces) -> StoredObject:
         def describe(head: bytes) -> tuple[str, str]:
-            kind = media.identify(head, fetch.source.name)
-            return kind.mime, fetch.source.name or media.file_name(kind_of(fetch.item), kind.suffix)
+            kind = media_types.identify(head, fetch.source.name)
+            return kind.mime, fetch.source.name or media_types.file_name(kind_of(fetch.item), kind.suffix)
 
         def ensure_served() -> None:
             if not self._may_store(fetch.sandbox, fetch.bot, fetch.user):
@@ -270,3 +278,82 @@ def _names(item: InboundItem, name: str) -> bool:
 def _last_object(fetch: MediaFetch) -> str:
     """The object that is stored last: a voice item's WAV."""
     return f"{fetch.object}{WAV}" if isinstance(fetch.item, VoiceItem) and fetch.item.wav else fetch.object
+
+
+class StoreAway(Temporary):
+    """The object store is not readable now; the CDN is not at fault."""
+
+
+class Uploads:
+    """Uploads media of parts. The sender keeps the result for a repeat of its request."""
+
+    def __init__(self, cdn: Cdn, objects: Objects, transfers: FairSlots, *, max_bytes: int) -> None:
+        self._cdn = cdn
+        self._objects = objects
+        self._transfers = transfers
+        self._max_bytes = max_bytes
+
+    async def upload_media(self, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
+        """Uploads the part's media and returns the reference for a message.
+
+        Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink is unreachable).
+        """
+        read = partial(_reading, await self._open_source(part))
+        size, md5, head = await self._measure_content(read)
+        found = identify(head, part.name)
+        async with self._transfers.slot(sandbox):
+            return await self._cdn.upload(
+                account,
+                user=user,
+                kind=part.kind if found.mime.startswith(f"{part.kind}/") else "file",  # no such picture or video
+                name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
+                size=size,
+                md5=md5,
+                read=read,
+            )
+
+    async def _open_source(self, part: MediaPart) -> Read:
+        """Raises Refused("media"), StoreAway."""
+        if not part.object:
+            return lambda: _single_piece(part.data)
+        try:
+            stored = await self._objects.get_info(part.object)
+        except Temporary as exc:
+            raise StoreAway(exc.reason, exc.detail) from exc
+        if stored is None:
+            raise Refused("media", "There is no such object: it was never stored, or is too old.")
+        self._check_size(stored.size)
+        return partial(self._objects.read, stored)
+
+    async def _measure_content(self, read: Read) -> tuple[int, str, bytes]:
+        """Reads the content once. Returns its size, its MD5 and its beginning. Raises Refused("media"), StoreAway."""
+        digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                digest.update(piece)
+                size += len(piece)
+                self._check_size(size)
+                if len(head) < HEAD:
+                    head += piece[: HEAD - len(head)]
+        return size, digest.hexdigest(), head
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise Refused("media", f"too_large: more than {self._max_bytes} bytes are not sent.")
+
+
+async def _reading(read: Read) -> Pieces:
+    """The pieces of a source, closed together with their reader. Raises StoreAway, Refused("media")."""
+    try:
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                yield piece
+    except Temporary as exc:
+        raise StoreAway(exc.reason, exc.detail) from exc
+    except Unreadable as exc:
+        raise Refused("media", "The object changed or got damaged while it was read.") from exc
+
+
+async def _single_piece(data: bytes) -> Pieces:
+    for start in range(0, len(data), PIECE):
+        yield data[start : start + PIECE]

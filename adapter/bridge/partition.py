@@ -30,8 +30,8 @@ from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract.names import H_MSG_ID
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, Temporary, Unreadable
-from adapter.kit.tasks import TaskSet
 from adapter.ports import Delivery
+from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
 

@@ -22,19 +22,18 @@ from typing import Any
 
 import structlog
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.handover import DEAF_S, Told, answer, read_polled
 from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.partition import Partition
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.poller import BotPoller, State
-from adapter.bridge.status import ReplicaStatus
+from adapter.bridge.presence import ReplicaStatus
 from adapter.contract.records import Binding
 from adapter.errors import Crashed, LeaseLost, RecordTooNew, Refused
-from adapter.kit.persist import persist
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import ChangeSignal, wait_any
+from adapter.tools.tasks import TaskSet, persist
+from adapter.tools.timing import ChangeSignal, wait_any
 
 log = structlog.get_logger()
 

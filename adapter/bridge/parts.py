@@ -8,23 +8,22 @@ from typing import Any
 
 import msgspec
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.commands import Limits
 from adapter.bridge.erasure import Erasure
-from adapter.bridge.media import MediaFetcher
+from adapter.bridge.media import MediaFetcher, Uploads
 from adapter.bridge.persons import Persons
 from adapter.bridge.presence import Presence
 from adapter.bridge.receipts import Receipts
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSessions, Successes
-from adapter.bridge.uploads import Uploads
 from adapter.contract.names import Names
-from adapter.kit.slots import FairSlots
-from adapter.kit.timing import Clock, PerTickLimiter, RateLimiter, WakeupBatcher
-from adapter.observability.events import Events
-from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, Chat, CoreBus, History, InboundMessage
-from adapter.security.seal import Sealer
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.events import Events
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer
+from adapter.tools.timing import Clock, PerTickLimiter, RateLimiter, WakeupBatcher
 
 
 class Bodies:

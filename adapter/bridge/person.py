@@ -27,8 +27,8 @@ from adapter.bridge.sender import Phase, Sender
 from adapter.bridge.sending import ServingBot
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.bridge.window import InboundReceived
-from adapter.content.dedup import KEEP, SIZE, DedupWindow, lines_of
 from adapter.contract.records import PersonKey
+from adapter.contract.repeats import KEEP, SIZE, DedupWindow, lines_of
 from adapter.errors import Conflict, StaleRead
 
 CURSOR_SAVED_S = 86_400.0

@@ -9,17 +9,17 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.entries import Clear, StoredEntry, clear_of, encode_end, read_entry
 from adapter.bridge.entries import Entry as EntryRecord
 from adapter.bridge.record import PersonRecord, PersonState
 from adapter.contract.names import H_EXPECTED, Names
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import UNDECODABLE, AdapterError, Conflict, RecordTooNew, Refused, Unreadable
-from adapter.kit.batches import Batches
-from adapter.observability.decoding import decode_record, log_once
 from adapter.ports import Bucket, Bus, BusMessage, Entry, History, StoredMessage
-from adapter.security.seal import Sealer, person_context
+from adapter.tools.concurrency import Batches
+from adapter.tools.decoding import decode_record, log_once
+from adapter.tools.seal import Sealer, person_context
 
 log = structlog.get_logger()
 

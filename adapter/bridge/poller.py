@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter.bindings.registry import mark_login, publish_login_event
+from adapter.bridge.bindings import mark_login, publish_login_event
 from adapter.bridge.handover import say_polled
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
@@ -30,11 +30,11 @@ from adapter.bridge.record import Gone
 from adapter.bridge.sessions import BotSession
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
-from adapter.kit.persist import persist
-from adapter.kit.timing import ChangeSignal, backoff, shield_with_grace, wait_any
-from adapter.observability.decoding import log_once
 from adapter.ports import HOLD_MS, Polled
-from adapter.security.seal import cursor_context
+from adapter.tools.decoding import log_once
+from adapter.tools.seal import cursor_context
+from adapter.tools.tasks import persist
+from adapter.tools.timing import ChangeSignal, backoff, shield_with_grace, wait_any
 
 log = structlog.get_logger()
 

@@ -21,11 +21,11 @@ from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, StaleRead, Temporary
-from adapter.kit.batches import Batches
-from adapter.kit.timing import Clock
-from adapter.observability.events import Events
-from adapter.observability.metrics import Metrics
 from adapter.ports import History, StoredMessage
+from adapter.tools.concurrency import Batches
+from adapter.tools.events import Events
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import Clock
 
 log = structlog.get_logger()
 

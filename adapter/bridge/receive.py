@@ -33,12 +33,12 @@ from adapter.bridge.person import AnswerState, Person
 from adapter.bridge.persons import binding_of
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.window import InboundReceived
-from adapter.content.dedup import DedupWindow
-from adapter.content.quotes import resolve_quote
 from adapter.contract import messages as contract
 from adapter.contract import names
 from adapter.contract.messages import Inbound, InboundItem
+from adapter.contract.quotes import resolve_quote
 from adapter.contract.records import Binding
+from adapter.contract.repeats import DedupWindow
 from adapter.errors import (
     BusRefused,
     Conflict,
@@ -50,9 +50,9 @@ from adapter.errors import (
     Temporary,
     Unreadable,
 )
-from adapter.kit.persist import persist
 from adapter.ports import BusMessage, InboundMessage, MediaRef, Polled
-from adapter.security.seal import dead_context
+from adapter.tools.seal import dead_context
+from adapter.tools.tasks import persist
 
 log = structlog.get_logger()
 

@@ -32,9 +32,8 @@ from adapter.bridge.sending import CommandResult, QueuedCommand, unread, unreada
 from adapter.contract import messages as contract
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, UNROUTED, forwardable_headers
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
-from adapter.kit.persist import persist
-from adapter.kit.tasks import TaskSet
 from adapter.ports import BusMessage, Delivery
+from adapter.tools.tasks import TaskSet, persist
 
 log = structlog.get_logger()
 

@@ -46,9 +46,8 @@ from adapter.contract.names import (
 )
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import UNDECODABLE, AdapterError, Crashed, LeaseLost, Refused, Temporary, Unreadable
-from adapter.kit.persist import persist
-from adapter.kit.tasks import TaskSet
-from adapter.security.seal import bind_context, cursor_context
+from adapter.tools.seal import bind_context, cursor_context
+from adapter.tools.tasks import TaskSet, persist
 
 log = structlog.get_logger()
 

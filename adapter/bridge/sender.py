@@ -24,14 +24,14 @@ from adapter.bridge import sending, window
 from adapter.bridge.commands import MERGE_SEPARATOR, MediaPart, client_id
 from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
+from adapter.bridge.media import StoreAway
 from adapter.bridge.parts import Parts
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import SendProgress
 from adapter.bridge.sending import CommandResult, QueuedCommand, ServingBot
 from adapter.bridge.typing_indicator import TypingIndicators
-from adapter.bridge.uploads import StoreAway
-from adapter.content.dedup import bot_of
 from adapter.contract.messages import Window
+from adapter.contract.repeats import bot_of
 from adapter.errors import (
     AdapterError,
     BusRefused,
@@ -45,9 +45,9 @@ from adapter.errors import (
     Throttled,
     Uncertain,
 )
-from adapter.kit.persist import ATTEMPTS, persist
-from adapter.kit.timing import ChangeSignal, backoff
 from adapter.ports import Accepted, Content
+from adapter.tools.tasks import ATTEMPTS, persist
+from adapter.tools.timing import ChangeSignal, backoff
 
 if TYPE_CHECKING:
     from adapter.bridge.person import Person

@@ -35,9 +35,9 @@ from adapter.bridge.record import (
 )
 from adapter.bridge.texts import closing_fence
 from adapter.bridge.window import WindowPolicy
-from adapter.content.quotes import placeholder_summary
 from adapter.contract.messages import Bind, Erase, Outcome, Unbind
 from adapter.contract.names import author_traceparent
+from adapter.contract.quotes import placeholder_summary
 from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
 from adapter.ports import Accepted, Account, Content, Delivery
 

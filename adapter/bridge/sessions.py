@@ -7,15 +7,15 @@ from collections.abc import Callable, Hashable
 
 import structlog
 
-from adapter.bindings.registry import Bindings, account_of
+from adapter.bridge.bindings import Bindings, account_of
 from adapter.bridge.record import Gone
 from adapter.bridge.sending import ServingBot
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import ChangeSignal, Clock
 from adapter.ports import Account, Chat
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
+from adapter.tools.tasks import TaskSet
+from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

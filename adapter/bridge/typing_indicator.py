@@ -13,9 +13,9 @@ from typing import NamedTuple
 import structlog
 
 from adapter.errors import AdapterError, Refused, Temporary
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import Clock, wait_event
 from adapter.ports import Account, Chat
+from adapter.tools.tasks import TaskSet
+from adapter.tools.timing import Clock, wait_event
 
 log = structlog.get_logger()
 

@@ -27,12 +27,12 @@ from adapter.cli.login import GOOD, fill, log_in
 from adapter.cli.options import Sandbox, flag, new_id
 from adapter.cli.output import say, write_private
 from adapter.cli.send import PIECE_S, WAIT_S, wait_outcome
-from adapter.content.media import identify
 from adapter.contract import messages as contract
 from adapter.contract.messages import Inbound, Media, Outbound, OutFile, OutImage, OutVideo
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, position
 from adapter.contract.records import ALL
 from adapter.errors import UNDECODABLE, AdapterError
+from adapter.tools.media_types import identify
 
 LOOK_S = 0.3
 """Pause between two looks for a message of the person, or for an adapter."""

@@ -31,11 +31,10 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Timeout, flag
 from adapter.cli.output import read_text
 from adapter.contract.names import check_sandbox
-from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, Refused, Temporary
 from adapter.jetstream.client import BusClient
-from adapter.observability import logs
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools import logs
 
 if TYPE_CHECKING:
     from adapter.agent.nats_agent import NatsAgent

@@ -37,8 +37,8 @@ from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
 from adapter.errors import Refused
 from adapter.ilink.client import ILink
 from adapter.logins.flow import check_token
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account
+from adapter.tools.metrics import Metrics
 
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "since", "last poll", "user wrote", "window", "why")
 TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "stale", "paused")

@@ -17,14 +17,13 @@ from nats.errors import Error as NatsError
 
 from adapter.agent.connection import ANSWER_S, Connection
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, BusRefused, Refused, SettingsError, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import PubAck, StoredMessage
-from adapter.settings import CREDENTIALS, Settings
+from adapter.settings import CREDENTIALS, Settings, read_settings
 
 BROKE = "The connection to NATS broke: try again."
 

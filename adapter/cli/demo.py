@@ -23,11 +23,11 @@ from adapter.cli.exits import NO, OK, TIMEOUT, USAGE, Failed
 from adapter.cli.output import can_colour, pad, printable, read_bytes
 from adapter.cli.send import describe
 from adapter.cli.stdin import LineEditor
-from adapter.content.media import identify
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Outbound, Receipt, TextItem
-from adapter.kit.timing import raise_if_cancelled, wait_event
+from adapter.contract.quotes import kind_of
 from adapter.settings import Settings
+from adapter.tools.media_types import identify
+from adapter.tools.timing import raise_if_cancelled, wait_event
 
 if TYPE_CHECKING:
     from adapter.simulator import Simulator

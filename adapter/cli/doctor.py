@@ -15,7 +15,7 @@ import msgspec
 from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
-from adapter.bindings.registry import count_stored_tokens, reseal_tokens
+from adapter.bridge.bindings import count_stored_tokens, reseal_tokens
 from adapter.cli import inboxes, output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus
@@ -30,8 +30,8 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.copies import lacking_copies, sentences
 from adapter.jetstream.microservice import SERVICE
 from adapter.ports import StoredMessage
-from adapter.security.seal import Sealer, Sealing
 from adapter.settings import NEWEST_ILINK_VERSION, PREFIX, variable_of
+from adapter.tools.seal import Sealer, Sealing
 
 PING_S = 1.0
 SILENT_S = 15.0

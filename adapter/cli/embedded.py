@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.output import write_private
-from adapter.kit.children import die_with_parent
 from adapter.settings import Settings
+from adapter.tools.process import die_with_parent
 
 T = TypeVar("T")
 

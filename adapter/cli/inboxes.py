@@ -14,7 +14,7 @@ from adapter.contract.names import LAYOUT_KEY
 from adapter.contract.records import ALL, ReaderRecord
 from adapter.errors import UNDECODABLE
 from adapter.ports import StoredMessage
-from adapter.security.seal import Sealer, Sealing
+from adapter.tools.seal import Sealer, Sealing
 
 KEY_BYTES = 16
 """The beginning of what is sealed, with the name of the key."""

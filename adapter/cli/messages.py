@@ -15,7 +15,6 @@ from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK
 from adapter.cli.options import Json, Sandbox, flag
 from adapter.cli.send import describe
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, Receipt
 from adapter.contract.names import (
     H_COMMAND,
@@ -27,6 +26,7 @@ from adapter.contract.names import (
     derive_traceparent,
     stream_of,
 )
+from adapter.contract.quotes import kind_of
 from adapter.errors import UNDECODABLE
 from adapter.ports import StoredMessage
 

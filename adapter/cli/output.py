@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adapter.cli.exits import USAGE, Failed
-from adapter.observability.logs import UNSEEN
+from adapter.tools.logs import UNSEEN
 
 _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")

@@ -18,7 +18,7 @@ from adapter.cli.output import some_of
 from adapter.contract.messages import Outbound
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
-from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
+from adapter.tools.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 
 WHERE = "see helm/nats/"
 ASK_S = 2.0

@@ -20,10 +20,9 @@ from adapter.cli.embedded import EmbeddedNats, while_alive
 from adapter.cli.exits import CLOSING_S, OK, draining_on_signal
 from adapter.cli.options import flag
 from adapter.cli.output import write_private
-from adapter.environment import read_settings
-from adapter.observability import logs
-from adapter.replica.eventloop import run_fast
-from adapter.settings import CREDENTIALS, Settings
+from adapter.settings import CREDENTIALS, Settings, read_settings
+from adapter.tools import logs
+from adapter.tools.process import run_fast
 
 log = structlog.get_logger()
 

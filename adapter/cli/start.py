@@ -35,12 +35,11 @@ from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import flag
 from adapter.cli.run import durable_nats
 from adapter.cli.send import describe
-from adapter.content.quotes import kind_of
 from adapter.contract.messages import BindingInfo, BotStatus, Login, LoginStart, Receipt, TextItem
-from adapter.environment import read_settings
+from adapter.contract.quotes import kind_of
 from adapter.errors import UNDECODABLE
-from adapter.observability import logs
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools import logs
 
 if TYPE_CHECKING:
     from adapter.simulator import Simulator

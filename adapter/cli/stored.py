@@ -17,8 +17,8 @@ from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID
 from adapter.errors import UNDECODABLE, RecordTooNew, Refused
 from adapter.ports import StoredMessage
-from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
+from adapter.tools.seal import Sealer, dead_context
 
 queue = App(name="queue", help="Commands that wait to be sent: delete.")
 dead = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")

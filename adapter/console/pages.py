@@ -12,7 +12,7 @@ from markupsafe import Markup
 from adapter import __version__
 from adapter.console.languages import LANGUAGES, Language
 from adapter.contract.messages import BotStatus
-from adapter.observability.logs import escape_invisible
+from adapter.tools.logs import escape_invisible
 
 STATUS_NAMES: dict[BotStatus, str] = {
     "not_polled": "not polled",

@@ -20,9 +20,9 @@ from adapter.console.pages import Pages
 from adapter.console.service import ConsoleService
 from adapter.contract.messages import BOT_STATUSES, Options
 from adapter.errors import AdapterError, Refused, Temporary
-from adapter.kit.timing import Clock
-from adapter.kit.web import Listener
 from adapter.settings import split_addr
+from adapter.tools.timing import Clock
+from adapter.tools.web import Listener
 
 log = structlog.get_logger()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from adapter.bindings.registry import Bindings
-from adapter.bridge.status import Replicas
+from adapter.bridge.bindings import Bindings
+from adapter.bridge.presence import Replicas
 from adapter.console.auth import ConsoleAuth
 from adapter.contract.messages import BOT_STATUSES, BotStatus, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.contract.names import Names

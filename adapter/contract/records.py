@@ -1,6 +1,6 @@
 """Records in the adapter's buckets. They are private, not part of the contract.
 
-Each carries the version of its form in `v`, and is read by `observability.decoding.decode_record`.
+Each carries the version of its form in `v`, and is read by `tools.decoding.decode_record`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
 
     sandbox: str
     bot: str
-    token: Annotated[str, Meta(description="The bot's token, sealed; see adapter/security/seal.py.")]
+    token: Annotated[str, Meta(description="The bot's token, sealed; see adapter/tools/seal.py.")]
     user: str = ""
     base_url: str = ""
     options: Options = Options()

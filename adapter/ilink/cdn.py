@@ -17,8 +17,8 @@ from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import CountedCall, ILink, answered
 from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, Proxy, Resolver, check_link, proxy_of
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Read, Uploaded
+from adapter.tools.metrics import Metrics
 
 STALL_S = 30.0
 """A transfer ends when no byte has moved for this long."""

@@ -30,9 +30,9 @@ from adapter.ilink.connection import ConnectionPool
 from adapter.ilink.network import LookUpHost, Resolver, ResumingContext
 from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
 from adapter.ilink.wire import THROTTLED
-from adapter.kit.slots import FairSlots
-from adapter.observability.metrics import LONG_POLLS, Metrics
 from adapter.ports import HOLD_MS, Accepted, Account, Content, Polled, QrCode, Scan
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.metrics import LONG_POLLS, Metrics
 
 log = structlog.get_logger()
 

@@ -16,14 +16,14 @@ from urllib.parse import quote
 import msgspec
 
 from adapter import __version__
-from adapter.content.quotes import as_id
+from adapter.contract.quotes import as_id
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
-from adapter.kit.json_repair import as_utf8, without_controls, without_halves
-from adapter.observability.logs import HIDDEN, hide_secrets
 from adapter.ports import HOLD_MS, Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 from adapter.settings import NEWEST_ILINK_VERSION
+from adapter.tools.decoding import as_utf8, without_controls, without_halves
+from adapter.tools.logs import HIDDEN, hide_secrets
 
 AGENT = f"wechat-nats/{__version__}"
 

@@ -10,15 +10,15 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
-from adapter.content.dedup import MessageKeys
-from adapter.content.media import NO_NAMES
-from adapter.content.quotes import Part, Reference, as_id, kind_of, placeholder_summary, resolve_quote
 from adapter.contract import messages as contract
+from adapter.contract.quotes import Part, Reference, as_id, kind_of, placeholder_summary, resolve_quote
+from adapter.contract.repeats import MessageKeys
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
-from adapter.kit.json_repair import as_utf8, decode_fields
 from adapter.ports import InboundMessage, MediaRef
+from adapter.tools.decoding import as_utf8, decode_fields
+from adapter.tools.media_types import NO_NAMES
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")

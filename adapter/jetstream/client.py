@@ -12,7 +12,7 @@ import asyncio
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
@@ -20,7 +20,7 @@ from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionReconnectingError
 
-from adapter.security.nkeys import UserKey
+from adapter.jetstream.credentials import UserCredentials
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VERSION = "NATS/1.0"
@@ -37,13 +37,6 @@ UNWRITTEN_BYTES = 64 * 1024
 """Bytes that the socket has not taken, above which nats-py's flusher waits for it."""
 PAUSE_S = 0.004
 """Length of such a pause, so that a flood takes a fifth of the event loop's time."""
-
-
-class UserCredentials(NamedTuple):
-    """A user of the server: by its JWT, or by its key alone. nats-py's option `user_credentials`."""
-
-    key: UserKey
-    jwt: str = ""
 
 
 class BusClient(Client):

@@ -30,7 +30,7 @@ from adapter.jetstream.api_replies import NO_CONSUMER
 from adapter.jetstream.client import BusClient, parse_headers
 from adapter.jetstream.history import read_leader_info
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.kit.timing import ChangeSignal, backoff
+from adapter.tools.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
 

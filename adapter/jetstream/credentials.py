@@ -6,14 +6,16 @@ nats-py would read them during its handshake, raise any error of its parsers, an
 
 from __future__ import annotations
 
+import base64
+import binascii
 import itertools
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from adapter.errors import Temporary
-from adapter.jetstream.client import UserCredentials
-from adapter.security.nkeys import UserKey
 from adapter.settings import Settings
 
 JWT, SEED = "BEGIN NATS USER JWT", "BEGIN USER NKEY SEED"
@@ -67,3 +69,35 @@ def _line_below(lines: list[str], mark: str) -> str:
 def _unusable_file(setting: str, path: str, why: object) -> Temporary:
     """`why` must not contain the file's content."""
     return Temporary("bus_credentials", f"{setting} cannot be used ({path}: {why})")
+
+
+_USER = 20 << 3
+_USER_SEED = bytes((18 << 3 | _USER >> 5, _USER << 3 & 0xFF))
+
+
+class UserKey:
+    """The key of a user. `public` names the user."""
+
+    def __init__(self, seed: str) -> None:
+        """Raises ValueError."""
+        raw = base64.b32decode(seed + "=" * (-len(seed) % 8))
+        if len(raw) != 36 or raw[:2] != _USER_SEED or raw[-2:] != _crc(raw[:-2]):
+            raise ValueError("no seed of a user")
+        self._key = Ed25519PrivateKey.from_private_bytes(raw[2:-2])
+        named = bytes((_USER,)) + self._key.public_key().public_bytes_raw()
+        self.public = base64.b32encode(named + _crc(named)).decode()
+
+    def sign(self, nonce: str) -> bytes:
+        """The signature in base64, as CONNECT has it."""
+        return base64.b64encode(self._key.sign(nonce.encode()))
+
+
+def _crc(data: bytes) -> bytes:
+    return binascii.crc_hqx(data, 0).to_bytes(2, "little")
+
+
+class UserCredentials(NamedTuple):
+    """A user of the server: by its JWT, or by its key alone. nats-py's option `user_credentials`."""
+
+    key: UserKey
+    jwt: str = ""

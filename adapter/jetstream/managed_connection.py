@@ -25,8 +25,8 @@ from adapter.jetstream.api_replies import ApiReply, decode_reply, error_of, is_l
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.credentials import credential_options, tls_context
 from adapter.jetstream.multiplexer import PendingRequest, Reply, RequestMultiplexer
-from adapter.kit.timing import ChangeSignal, backoff, is_cancelled, wait_event
 from adapter.settings import Settings
+from adapter.tools.timing import ChangeSignal, backoff, is_cancelled, wait_event
 
 log = structlog.get_logger()
 

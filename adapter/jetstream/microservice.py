@@ -27,11 +27,11 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_in
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.kit.slots import FairSlots
-from adapter.kit.tasks import TaskSet
-from adapter.observability.metrics import Metrics
 from adapter.ports import SandboxRequest, SandboxResponse
-from adapter.security.permissions import inbox
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.metrics import Metrics
+from adapter.tools.permissions import inbox
+from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
 

@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter.content.media import HEAD
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.errors import (
     UNDECODABLE,
@@ -35,6 +34,7 @@ from adapter.jetstream.history import StreamHistory, get_from_leader, has_more
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import BusMessage, Pieces, StoredObject
+from adapter.tools.media_types import HEAD
 
 log = structlog.get_logger()
 

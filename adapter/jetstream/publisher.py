@@ -31,9 +31,9 @@ from adapter.errors import AdapterError, BusRefused, Conflict, LeaseLost, Tempor
 from adapter.jetstream.api_replies import decode_ack
 from adapter.jetstream.client import BusClient, has_no_responders
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.kit.timing import ChangeSignal, Clock, wait_event
-from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage, PubAck
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import ChangeSignal, Clock, wait_event
 
 log = structlog.get_logger()
 

@@ -19,18 +19,18 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.receipts import Receipts, is_final
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, Options, Receipt
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names, digest
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Uncertain
-from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.records import ADVICE, UPGRADE, LoginRecords, next_step
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, Bus, BusMessage, Chat, Logins, QrCode, Scan
-from adapter.security.seal import Sealer, bind_context, login_context
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer, bind_context, login_context
+from adapter.tools.timing import Clock, backoff, shield_with_grace, wait_event
 
 log = structlog.get_logger()
 

@@ -18,13 +18,13 @@ from msgspec import structs
 from adapter.contract.messages import CHECKING, Login, LoginEvent
 from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
-from adapter.kit.timing import ChangeSignal, Clock
 from adapter.logins.qr import png_base64, terminal_text
-from adapter.observability.decoding import decode_record
-from adapter.observability.events import Events
-from adapter.observability.metrics import Metrics
 from adapter.ports import Bucket, Entry
-from adapter.security.seal import Sealer, login_context
+from adapter.tools.decoding import decode_record
+from adapter.tools.events import Events
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer, login_context
+from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.leases import Leases
 from adapter.bridge.presence import Presence
 from adapter.bridge.receipts import Receipts
@@ -21,14 +21,14 @@ from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import LoginRecord
 from adapter.errors import Refused, Temporary
-from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import Clock
 from adapter.logins.flow import REFRESH_S, LoginFlow, fetch_code
 from adapter.logins.records import LoginRecords, next_step, to_login
-from adapter.observability.decoding import read_request
-from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, Logins, QrCode
-from adapter.security.seal import Sealer, login_context
+from adapter.tools.decoding import read_request
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer, login_context
+from adapter.tools.tasks import TaskSet
+from adapter.tools.timing import Clock
 
 log = structlog.get_logger()
 

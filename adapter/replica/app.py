@@ -14,15 +14,15 @@ from typing import Any
 import structlog
 
 from adapter import __version__
-from adapter.content import media
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
-from adapter.kit.timing import wait_any
 from adapter.replica.consumers import consume
 from adapter.replica.probes import ProbeServer
 from adapter.replica.wiring import Replica
-from adapter.security.permissions import USER_INFO, required, user_of
 from adapter.settings import Settings
+from adapter.tools import media_types
+from adapter.tools.permissions import USER_INFO, required, user_of
+from adapter.tools.timing import wait_any
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
 
 async def _prepare(replica: Replica, stop: asyncio.Event) -> bool:
     """Waits for the connection and verifies the streams. False: it was stopped meanwhile. Raises SettingsError."""
-    if not media.HAS_VOICE:
+    if not media_types.HAS_VOICE:
         log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
     replica.health.phase = "connecting to NATS"
     connection, epoch = replica.edges.connection, 0

@@ -12,9 +12,9 @@ from adapter.bridge.partition import Partition
 from adapter.errors import Crashed, LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
-from adapter.kit.persist import persist
 from adapter.ports import Delivery
 from adapter.replica.wiring import Replica
+from adapter.tools.tasks import persist
 
 log = structlog.get_logger()
 

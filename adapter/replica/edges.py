@@ -19,9 +19,9 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import Clock, PerTickLimiter, SystemClock
-from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import Clock, PerTickLimiter, SystemClock
 
 PER_TICK = 64
 """Steps in one turn of the event loop: answers with messages, the steps of persons, polls after a pause or a

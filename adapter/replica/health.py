@@ -15,9 +15,9 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
-from adapter.kit.timing import ChangeSignal, Clock
-from adapter.observability.metrics import PARKED, STATES, Metrics
 from adapter.replica.edges import Edges
+from adapter.tools.metrics import PARKED, STATES, Metrics
+from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
-from adapter.kit.web import Listener
-from adapter.observability.metrics import Metrics
 from adapter.replica.health import Check, Health
+from adapter.tools.metrics import Metrics
+from adapter.tools.web import Listener
 
 
 class ProbeServer(Listener):

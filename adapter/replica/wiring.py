@@ -10,26 +10,24 @@ from collections.abc import Sequence
 from functools import partial
 
 from adapter import __version__
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.commands import Limits
 from adapter.bridge.erasure import Erasure
 from adapter.bridge.leases import Tenure
-from adapter.bridge.media import MediaFetcher
+from adapter.bridge.media import MediaFetcher, Uploads
 from adapter.bridge.partitions import Partitions
 from adapter.bridge.parts import Bodies, Parts
 from adapter.bridge.persons import Persons
 from adapter.bridge.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
+from adapter.bridge.presence import PollerStatus, Replicas, ReplicaStatus
 from adapter.bridge.receipts import Receipts
 from adapter.bridge.router import Router
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSessions
-from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
-from adapter.bridge.uploads import Uploads
 from adapter.bridge.window import WindowPolicy
 from adapter.console.auth import ConsoleAuth
 from adapter.console.server import Console
 from adapter.console.service import ConsoleService
-from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S
 from adapter.ilink.cdn import TRANSFERS
@@ -42,21 +40,22 @@ from adapter.jetstream.microservice import (
     SandboxHandler,
     Services,
 )
-from adapter.kit.slots import FairSlots
-from adapter.kit.timing import RateLimiter, WakeupBatcher
 from adapter.logins.flow import REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LoginService
-from adapter.observability.events import Events
 from adapter.replica.edges import Edges
 from adapter.replica.health import Health
-from adapter.security.seal import Sealer
 from adapter.services.health import BotHealth
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
 from adapter.services.queries import Queries, of_sandbox
 from adapter.services.send import SendService
 from adapter.settings import Settings
+from adapter.tools import media_types
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.events import Events
+from adapter.tools.seal import Sealer
+from adapter.tools.timing import RateLimiter, WakeupBatcher
 
 MAX_CONCURRENT_TAKEOVERS = 512
 """Bots that are taken over at the same time; what is read for them goes together."""
@@ -119,7 +118,7 @@ class Replica:
             edges.bulk_history,
             names,
             sealer,
-            lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            lambda silk: asyncio.to_thread(media_types.silk_to_wav, silk),
             self.may_store,
             transfers,
             clock,

@@ -11,12 +11,12 @@ from msgspec import structs
 
 from adapter.bridge import window
 from adapter.bridge.persons import Persons, StoredPerson
+from adapter.bridge.presence import PollerStatus, Replicas
 from adapter.bridge.record import PersonState, SendWindow
-from adapter.bridge.status import PollerStatus, Replicas
 from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus, Window
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError
-from adapter.kit.timing import Clock
+from adapter.tools.timing import Clock
 
 BOTS_PER_REQUEST = 1000
 """Keeps request and answers well below the 1 MiB of a message."""

@@ -13,7 +13,6 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from adapter.content import media
 from adapter.contract.messages import Media, MediaPiece, MediaQuery
 from adapter.contract.names import (
     H_DURATION_MS,
@@ -29,10 +28,11 @@ from adapter.contract.names import (
     read_position,
 )
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
-from adapter.kit.slots import FairSlots
-from adapter.observability.decoding import invalid_request, read_request
-from adapter.observability.metrics import Metrics
 from adapter.ports import Objects, SandboxRequest, SandboxResponse, StoredObject
+from adapter.tools import media_types
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.decoding import invalid_request, read_request
+from adapter.tools.metrics import Metrics
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Sizes of an upload's pieces; the last may be shorter. They stay well below a message's usual limit of 1 MiB."""
@@ -144,24 +144,28 @@ class MediaService:
         title = _file_name(piece.name)
         async with self._completing.slot(sandbox):
             stored, head = await self._objects.complete_upload(
-                name, size, sha256=piece.sha256, title=title, mime_of=lambda head: media.identify(head, title).mime
+                name,
+                size,
+                sha256=piece.sha256,
+                title=title,
+                mime_of=lambda head: media_types.identify(head, title).mime,
             )
         return _describe(stored, head)
 
 
 def _describe(stored: StoredObject, head: bytes) -> Media:
     """An object, and what its first bytes show."""
-    kind = media.identify(head, stored.title)
+    kind = media_types.identify(head, stored.title)
     is_whole = len(head) == stored.size
     return Media(
         object=stored.name,
-        name=stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix),
+        name=stored.title or media_types.file_name(kind.mime.partition("/")[0], kind.suffix),
         mime=kind.mime,
         size=stored.size,
         sha256=stored.sha256,
         width=kind.width,
         height=kind.height,
-        duration_ms=media.wav_duration_ms(head) or (media.silk_duration_ms(head) if is_whole else None),
+        duration_ms=media_types.wav_duration_ms(head) or (media_types.silk_duration_ms(head) if is_whole else None),
     )
 
 
@@ -169,7 +173,7 @@ def _file_name(encoded: str) -> str:
     """A file name from a header, without folders and unprintable characters; "" for an invalid one."""
     name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
     name = "".join(c for c in name if c.isprintable())[:NAME_MAX]
-    return "" if name in media.NO_NAMES else name
+    return "" if name in media_types.NO_NAMES else name
 
 
 def _encode_answer(answer: Media) -> SandboxResponse:

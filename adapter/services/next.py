@@ -21,10 +21,10 @@ from adapter.contract.messages import Handed, NextPage, NextQuery
 from adapter.contract.names import H_EXPECTED, MAX_SEQ, Names, check_sandbox, position, read_position
 from adapter.contract.records import ALL, ReaderRecord
 from adapter.errors import UNDECODABLE, Conflict, Refused, Temporary
-from adapter.kit.timing import Clock
-from adapter.observability.decoding import decode_record, read_request
-from adapter.observability.metrics import Metrics
 from adapter.ports import History, LeaderBucket, SandboxRequest, SandboxResponse, StoredMessage
+from adapter.tools.decoding import decode_record, read_request
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import Clock
 
 log = structlog.get_logger()
 

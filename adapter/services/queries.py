@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.bridge.entries import messages_of
 from adapter.bridge.receipts import Receipts
 from adapter.contract.messages import (
@@ -26,10 +26,10 @@ from adapter.contract.messages import (
 from adapter.contract.names import Names, check_sandbox, position, read_position
 from adapter.contract.records import Binding
 from adapter.errors import Refused
-from adapter.observability.decoding import read_request
-from adapter.observability.metrics import Metrics
 from adapter.ports import History, SandboxRequest, SandboxResponse, StoredMessage
 from adapter.services.health import BotHealth
+from adapter.tools.decoding import read_request
+from adapter.tools.metrics import Metrics
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024

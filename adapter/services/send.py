@@ -14,8 +14,8 @@ from adapter.bridge.commands import Limits, decode_command
 from adapter.contract.messages import SCHEMA_VERSION, CommandStored
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, H_TRACEPARENT, Names, author_traceparent, check_sandbox
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
-from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, BusMessage, SandboxRequest, SandboxResponse
+from adapter.tools.metrics import Metrics
 
 
 class SendService:

@@ -25,7 +25,7 @@ from nats.aio.msg import Msg
 from adapter.cli.embedded import find_server
 from adapter.contract.names import person_token, to_subject_token
 from adapter.contract.records import Binding
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
 from tests.authority import Authority
 from tests.e2e.waiting import eventually, free_port
 

@@ -11,7 +11,7 @@ from adapter.bridge.partition import Partition
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import Binding
-from adapter.security.seal import cursor_context
+from adapter.tools.seal import cursor_context
 from tests.fakes import Bench, FakeDelivery
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"

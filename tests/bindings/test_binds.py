@@ -16,7 +16,7 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, H_REPLY_TO, 
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Temporary
 from adapter.ports import BusMessage
-from adapter.security.seal import Sealer, cursor_context
+from adapter.tools.seal import Sealer, cursor_context
 from tests.bindings.platform import BOT, OTHER, TOKEN, USER, Platform
 from tests.fakes import Bench, Failing, FakeDelivery
 from tests.newer import made_newer

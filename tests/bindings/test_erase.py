@@ -14,7 +14,7 @@ from adapter.contract.messages import Erase
 from adapter.contract.names import H_ORIGINAL, H_REPLY_TO
 from adapter.errors import BusRefused
 from adapter.ports import StoredMessage
-from adapter.security.seal import bind_context
+from adapter.tools.seal import bind_context
 from tests.bindings.platform import BOT, INBOX, USER, Platform
 from tests.fakes import FakeDelivery
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.registry import Bindings
+from adapter.bridge.bindings import Bindings
 from adapter.contract.names import Names, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import Refused

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adapter.bindings.registry import mark_login, publish_login_event
+from adapter.bridge.bindings import mark_login, publish_login_event
 from adapter.bridge.poller import BotPoller, State
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding

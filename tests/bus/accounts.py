@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adapter.contract.names import Names
-from adapter.security.permissions import TAG, Grants, Role, covers, inbox
-from adapter.security.permissions import grants as product_grants
+from adapter.tools.permissions import TAG, Grants, Role, covers, inbox
+from adapter.tools.permissions import grants as product_grants
 
 ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "agents", "sandbox", "untrusted")
 OF_ONE: tuple[Role, ...] = ("sandbox", "untrusted")

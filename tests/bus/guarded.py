@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from adapter.cli.embedded import find_server
 from adapter.contract.names import Names
-from adapter.environment import read_settings
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.credentials import credential_options
-from adapter.security.permissions import inbox
+from adapter.settings import read_settings
+from adapter.tools.permissions import inbox
 from tests.bus.accounts import ACCOUNT_OF, FILES, OF_ONE, WECHAT
 from tests.bus.nsc import Nsc
 from tests.e2e.waiting import until

@@ -9,7 +9,7 @@ import msgspec
 from adapter.bridge.entries import Entry, Secrets, encode_end, encode_entry
 from adapter.contract.names import H_EXPECTED, person_token
 from adapter.ports import BusMessage
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
 from tests.bus.rig import NAMES, Rig
 
 SEALER = Sealer((bytes(32),))

@@ -19,9 +19,9 @@ from adapter.contract.names import Names
 from adapter.errors import LeaseLost
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
-from adapter.kit.timing import PerTickLimiter, SystemClock
-from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import PerTickLimiter, SystemClock
 
 PARTITIONS = 32
 LEASE_S = 4.0

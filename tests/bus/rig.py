@@ -19,10 +19,10 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import SystemClock
-from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage, PubAck
 from adapter.settings import Settings
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import SystemClock
 
 NAMES = Names()
 PATIENCE_S = 30.0

@@ -30,10 +30,10 @@ from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import LAST_BYTES, StreamHistory, direct_get
 from adapter.jetstream.managed_connection import CoreNats
 from adapter.jetstream.publisher import Publisher
-from adapter.observability.events import Events
 from adapter.ports import Bus as BusPort
 from adapter.ports import BusMessage, PubAck, StoredMessage
 from adapter.settings import Settings
+from adapter.tools.events import Events
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on, store_all
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.lossy import Loss, Lossy

@@ -13,8 +13,8 @@ from adapter.jetstream import topology
 from adapter.jetstream.api_replies import is_only_leader
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
-from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, Heads, PubAck, StoredMessage
+from adapter.tools.timing import SystemClock
 from tests.bus.rig import NAMES, Rig, control, event, store_all
 from tests.e2e.waiting import until
 

@@ -28,8 +28,8 @@ from adapter.cli.embedded import find_server
 from adapter.contract.names import Names
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import create_stream, wanted_streams
-from adapter.kit.timing import SystemClock
 from adapter.settings import Settings
+from adapter.tools.timing import SystemClock
 from tests.bus.owner import ACT, LEASE_S, PARTITIONS
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.hole import Hole

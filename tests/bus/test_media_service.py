@@ -17,7 +17,6 @@ from nats.aio.msg import Msg
 
 from adapter.bridge.entries import Secrets
 from adapter.bridge.media import MediaFetcher, name_media
-from adapter.content.media import silk_to_wav
 from adapter.contract.messages import ImageItem, Inbound, Media, MediaQuery, Window
 from adapter.contract.names import (
     H_DURATION_MS,
@@ -40,11 +39,12 @@ from adapter.jetstream.history import StreamHistory, direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.microservice import Services
 from adapter.jetstream.objects import CHUNK, ObjectStore, _upload_ident
-from adapter.kit.slots import FairSlots
-from adapter.kit.timing import SystemClock
 from adapter.ports import MediaRef, Pieces, SandboxRequest
 from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetch, MediaService
 from adapter.simulator import samples
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.media_types import silk_to_wav
+from adapter.tools.timing import SystemClock
 from tests.bus.inbox import SEALER, Inbox
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import until

@@ -21,8 +21,8 @@ from adapter.jetstream.microservice import (
     Handler,
     Services,
 )
-from adapter.observability.metrics import Metrics
 from adapter.ports import SandboxRequest, SandboxResponse
+from adapter.tools.metrics import Metrics
 from tests.bus.rig import NAMES, PATIENCE_S, Bus
 from tests.e2e.waiting import until
 

@@ -16,9 +16,9 @@ from adapter.contract.records import ALL
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.buckets import TTL, KvBucket
 from adapter.jetstream.history import StreamHistory, direct_get
-from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, Heads, SandboxRequest, StoredMessage
 from adapter.services.next import BOUNDS_S, Next, Readers
+from adapter.tools.timing import SystemClock
 from tests.bus.inbox import Inbox
 from tests.bus.rig import NAMES, Rig
 from tests.newer import made_newer

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from nats.js.object_store import ObjectStore as TheirStore
 
-from adapter.content.media import HEAD
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.jetstream.objects import CHUNK, ObjectStore
 from adapter.ports import BusMessage, Objects, Pieces, PubAck, StoredMessage, StoredObject
+from adapter.tools.media_types import HEAD
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
 

@@ -16,12 +16,11 @@ from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_NAME, H_UPLOAD
-from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.security.permissions import covers, streams
 from adapter.services.media import PIECE_MAX
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools.permissions import covers, streams
 from tests.asyncapi import channels
 from tests.bus import roles
 from tests.bus.accounts import grants

@@ -21,11 +21,11 @@ from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.topology import LAYOUT, Layout, read_layout, shape_of
-from adapter.kit.timing import SystemClock
-from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage
-from adapter.security import permissions
 from adapter.settings import Settings
+from adapter.tools import permissions
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on, store_all
 
 

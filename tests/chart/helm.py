@@ -18,8 +18,7 @@ from typing import Any
 
 import yaml
 
-from adapter.environment import read_settings
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "wechat-nats"

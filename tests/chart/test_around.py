@@ -104,7 +104,7 @@ def test_keda_asks_for_metrics_that_there_are() -> None:
 
 
 def exposed() -> set[str]:
-    from adapter.observability.metrics import Metrics
+    from adapter.tools.metrics import Metrics
 
     body, _ = Metrics().expose("")
     return set(re.findall(r"^# TYPE (\w+)", body.decode(), re.MULTILINE))

@@ -6,9 +6,8 @@ import msgspec
 import pytest
 
 from adapter.contract.names import Names
-from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.settings import Settings, variable_of
+from adapter.settings import Settings, read_settings, variable_of
 from tests.chart.helm import (
     Object,
     rendered,

@@ -18,10 +18,9 @@ from adapter.cli import main
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
-from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 from adapter.simulator import Simulator, SimulatorSettings
 from tests import canary
 from tests.e2e.memory import SMALL, in_memory

@@ -20,8 +20,7 @@ from adapter.cli.acceptance import COMPARED, FIRST, INTRODUCTION, MARKS, STEPS
 from adapter.cli.acceptance_report import PAGE, Result, findings, part_limits, settings
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
-from adapter.environment import read_settings
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.process import Running, started, until
 from tests.test_docs import ROOT, anchors

@@ -11,8 +11,8 @@ import pytest
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.errors import Temporary
+from adapter.jetstream.credentials import UserKey
 from adapter.jetstream.managed_connection import connect_options
-from adapter.security.nkeys import UserKey
 from adapter.settings import Settings
 from tests.authority import Authority
 from tests.bus.guarded import guarded

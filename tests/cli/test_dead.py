@@ -23,7 +23,7 @@ from adapter.contract.names import (
     H_USER,
 )
 from adapter.jetstream.client import parse_headers
-from adapter.security.seal import Sealer, dead_context
+from adapter.tools.seal import Sealer, dead_context
 from tests.cli.conftest import Command
 
 OUT, IN = "WECHAT_OUT", "WECHAT_IN"

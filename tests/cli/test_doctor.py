@@ -20,11 +20,11 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
 from adapter.contract.names import LAYOUT_KEY, to_subject_token
 from adapter.contract.records import Binding, Lease, PersonKey, ReaderRecord
-from adapter.environment import read_settings
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.security.seal import Sealer, cursor_context
+from adapter.settings import read_settings
+from adapter.tools.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.process import TOKEN_KEY, started

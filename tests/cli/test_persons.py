@@ -21,9 +21,9 @@ from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import StoredMessage
-from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
+from adapter.tools.seal import Sealer, dead_context
 from tests.cli.conftest import Command, stored
 from tests.cli.process import TOKEN_KEY, on_terminal, seen
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
+from adapter.bridge.presence import PollerStatus, Replicas, ReplicaStatus
 from adapter.console import languages, server, service
 from adapter.console import pages as pages_module
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
@@ -29,8 +29,8 @@ from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins import records
 from adapter.logins.records import LoginRecords, next_step
 from adapter.logins.service import LoginService
-from adapter.security.seal import login_context
 from adapter.services.health import BotHealth
+from adapter.tools.seal import login_context
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 from tests.hostile import UNSEEN_CHARS
 

@@ -36,7 +36,7 @@ def raise_versions() -> None:
         'tag_field="v", tag=lambda name: 1 if name == "Lease" else 2):\n',
     )
     decoding = _renewed(
-        "adapter.observability.decoding",
+        "adapter.tools.decoding",
         "        return msgspec.json.decode(value, type=kind)\n    except UNDECODABLE as exc:\n",
         "        return msgspec.json.decode(raised(value, kind), type=kind)\n    except UNDECODABLE as exc:\n",
     )

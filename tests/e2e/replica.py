@@ -12,12 +12,11 @@ from typing import Any
 
 from adapter import __version__
 from adapter.cli.exits import draining_on_signal
-from adapter.environment import read_settings
-from adapter.observability import logs
 from adapter.replica.app import run_replica
-from adapter.replica.eventloop import run_fast
 from adapter.replica.wiring import Replica
-from adapter.settings import Settings
+from adapter.settings import Settings, read_settings
+from adapter.tools import logs
+from adapter.tools.process import run_fast
 
 
 async def _run(settings: Settings, arguments: dict[str, Any]) -> None:

@@ -35,11 +35,11 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.content.dedup import KEEP
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, Login, Options, Receipt, Unbind
 from adapter.contract.names import Names
-from adapter.environment import read_settings
+from adapter.contract.repeats import KEEP
 from adapter.jetstream import topology
+from adapter.settings import read_settings
 from tests.e2e.flatness import MIB, Bound, Series, Verdict, cpu_s, judge, of_process, picture, table
 from tests.e2e.waiting import eventually, free_port, until
 from tests.e2e.world import AdapterProcess

@@ -18,8 +18,8 @@ import pytest
 from adapter.agent import Message, Sandbox
 from adapter.agent.texts import TEXTS
 from adapter.contract.messages import Outbound, OutFile
-from adapter.environment import read_settings
 from adapter.errors import Refused
+from adapter.settings import read_settings
 from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import World, environ_of, fast, until

@@ -10,7 +10,7 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.bridge.persons import open_state
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
 from tests import canary
 from tests.e2e.world import NAMES, TOKEN_KEY, World, eventually, stream, until, world
 

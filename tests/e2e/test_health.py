@@ -16,12 +16,12 @@ import nats
 import pytest
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.environment import read_settings
-from adapter.kit.timing import SystemClock
 from adapter.replica.app import run_replica
 from adapter.replica.health import STUCK_S
 from adapter.replica.wiring import Replica
+from adapter.settings import read_settings
 from adapter.simulator import FaultRule, Simulator
+from adapter.tools.timing import SystemClock
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import TOKEN_KEY, AdapterProcess
 

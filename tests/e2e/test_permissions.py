@@ -26,9 +26,9 @@ from adapter.cli.exits import Failed
 from adapter.cli.permission_checks import Finding, check_acknowledged
 from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_POSITION, H_SHA256, H_UPLOAD
-from adapter.environment import read_settings
-from adapter.security.permissions import streams
+from adapter.settings import read_settings
 from adapter.simulator import Simulator, samples
+from adapter.tools.permissions import streams
 from tests import canary
 from tests.bus.guarded import NAMES, NEW_ACKS, TEMPLATES, UNTRUSTED, WITNESS, Guarded, Player, guarded
 from tests.e2e.asker import Asker

@@ -16,8 +16,8 @@ from nats.aio.client import Client
 from adapter.agent import Sandbox, Sandboxes
 from adapter.agent import sandboxes as sandboxes_module
 from adapter.contract.messages import Unbind
-from adapter.environment import read_settings
 from adapter.errors import Refused
+from adapter.settings import read_settings
 from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.test_agent import Agent

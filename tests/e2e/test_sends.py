@@ -20,12 +20,12 @@ from adapter.contract.names import person_token
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import SystemClock
-from adapter.observability.metrics import Metrics
 from adapter.ports import Pieces
-from adapter.security.seal import Sealer
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import Sealer
+from adapter.tools.timing import SystemClock
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, TOKEN_KEY, World, eventually, until, world
 

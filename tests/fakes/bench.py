@@ -27,14 +27,14 @@ from adapter.bridge.sessions import BotSession, Successes
 from adapter.bridge.window import InboundReceived, WindowPolicy
 from adapter.contract.names import Names, person_token, stream_of
 from adapter.contract.records import Binding, PersonKey
-from adapter.kit.slots import FairSlots
-from adapter.kit.timing import PerTickLimiter
-from adapter.observability.metrics import Metrics
 from adapter.ports import StoredMessage
 from adapter.replica.edges import PER_TICK, Edges
 from adapter.replica.wiring import Replica
-from adapter.security.seal import MARK, cursor_context
 from adapter.settings import Settings
+from adapter.tools.concurrency import FairSlots
+from adapter.tools.metrics import Metrics
+from adapter.tools.seal import MARK, cursor_context
+from adapter.tools.timing import PerTickLimiter
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import ChatOfReplica, FakeChat

@@ -15,8 +15,8 @@ import msgspec
 from adapter.errors import Refused, Uncertain
 from adapter.ilink import network
 from adapter.ilink.client import OnSuccess
-from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
+from adapter.tools.timing import ChangeSignal
 from tests.fakes.clock import EPOCH_MS, FakeClock
 
 

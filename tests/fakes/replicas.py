@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.presence import Presence
 from adapter.errors import LeaseLost
-from adapter.kit.timing import ChangeSignal, Clock
+from adapter.tools.timing import ChangeSignal, Clock
 
 
 class FakeTenure(Tenure):

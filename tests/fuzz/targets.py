@@ -29,8 +29,6 @@ from adapter.bridge.commands import (
 )
 from adapter.bridge.texts import closing_fence, split, widen
 from adapter.console import server
-from adapter.content import media
-from adapter.content.dedup import SIZE, DedupWindow
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.contract.names import (
@@ -44,6 +42,7 @@ from adapter.contract.names import (
     read_position,
     to_subject_token,
 )
+from adapter.contract.repeats import SIZE, DedupWindow
 from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
 from adapter.ilink import network, protocol
 from adapter.ilink.cipher import Decryption, read_key
@@ -51,9 +50,9 @@ from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import IlinkReply, unpack
 from adapter.ilink.translate import read_message
 from adapter.logins.qr import html_element, terminal_text
-from adapter.observability import logs
 from adapter.ports import Scan
-from adapter.security.seal import Sealer
+from adapter.tools import logs, media_types
+from adapter.tools.seal import Sealer
 from tests.fakes import Wire
 
 ROOT = Path(__file__).parents[2]
@@ -294,18 +293,18 @@ def packed(data: bytes) -> None:
 def medium(data: bytes) -> None:
     """Media: what they are, how large, how long."""
     name, _, content = data.partition(b"\n")
-    kind = media.identify(content[: media.HEAD], name.decode("utf-8", "replace"))
+    kind = media_types.identify(content[: media_types.HEAD], name.decode("utf-8", "replace"))
     assert kind.mime.isascii()
     assert all(size is None or 0 <= size < 2**63 for size in (kind.width, kind.height))
-    for duration in (media.silk_duration_ms(content), media.wav_duration_ms(content)):
+    for duration in (media_types.silk_duration_ms(content), media_types.wav_duration_ms(content)):
         assert duration is None or 0 <= duration < 2**53
     msgspec.json.encode(kind)
 
 
 def voice(data: bytes) -> None:
     """WeChat's voice format, which a library in C decodes: WAV, or None; never more than ten minutes of it."""
-    wav = media.silk_to_wav(data)
-    longest = media.SILK_MAX_FRAMES * media.SILK_RATE // 1000 * 2 * media.SILK_FRAME_MS
+    wav = media_types.silk_to_wav(data)
+    longest = media_types.SILK_MAX_FRAMES * media_types.SILK_RATE // 1000 * 2 * media_types.SILK_FRAME_MS
     assert wav is None or len(wav) <= longest + 100
 
 

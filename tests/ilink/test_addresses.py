@@ -16,8 +16,8 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.network import LookUpHost, Resolver, is_exempt, is_public, proxy_of, resolve_host
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
+from adapter.tools.metrics import Metrics
 from tests.authority import Authority
 from tests.e2e.waiting import free_port, until
 

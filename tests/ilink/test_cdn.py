@@ -15,10 +15,10 @@ from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Unr
 from adapter.ilink.cdn import SLOWEST, CdnClient
 from adapter.ilink.cipher import cipher_size, read_key
 from adapter.ilink.client import ILink
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 from adapter.simulator import BotRecord, FaultRule, Simulator, SimulatorSettings
 from adapter.simulator.aes import encrypt
+from adapter.tools.metrics import Metrics
 
 KEY = bytes(range(16))
 HELLO = b"Hello, iLink!\n"

@@ -12,8 +12,8 @@ import pytest
 from adapter.errors import AdapterError, Temporary, Throttled, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
-from adapter.observability.metrics import Metrics
 from adapter.ports import HOLD_MS, Account
+from adapter.tools.metrics import Metrics
 
 BASE = "https://ilinkai.weixin.qq.com"
 ACCOUNT = Account("b1@im.bot", "token", BASE)

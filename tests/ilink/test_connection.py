@@ -25,8 +25,8 @@ from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection, ConnectionPool
 from adapter.ilink.network import Resolver, ResumingContext
 from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account
+from adapter.tools.metrics import Metrics
 from tests.authority import Authority
 from tests.e2e.waiting import free_port, until
 from tests.fakes import Wire

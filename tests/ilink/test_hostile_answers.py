@@ -19,7 +19,7 @@ import asyncio, contextlib, json, sys
 from adapter.errors import Temporary, Unreadable
 from adapter.ilink.client import ILink
 from adapter.ilink.translate import read_message
-from adapter.observability.metrics import Metrics
+from adapter.tools.metrics import Metrics
 from adapter.ports import Account
 
 url, bots = sys.argv[1], int(sys.argv[2])

@@ -14,8 +14,8 @@ import pytest
 from adapter.errors import Temporary
 from adapter.ilink.client import READ_BYTES_PER_S, SMALL, ILink
 from adapter.ilink.protocol import ANSWER_BYTES, COMMAS, OTHER_BYTES, IlinkReply
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, Polled
+from adapter.tools.metrics import Metrics
 from tests.e2e.waiting import until
 from tests.ilink.test_connection import Server, server
 

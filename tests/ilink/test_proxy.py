@@ -14,8 +14,8 @@ from adapter.errors import LeaseLost, Temporary, Uncertain
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.ilink.network import Resolver, proxy_of
-from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef
+from adapter.tools.metrics import Metrics
 from tests.authority import Authority
 from tests.e2e.waiting import free_port, until
 from tests.ilink.test_connection import Server, server

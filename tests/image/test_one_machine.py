@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from adapter.cli.embedded import find_server
-from adapter.environment import read_settings
+from adapter.settings import read_settings
 from tests.chart.helm import CHART
 from tests.cli.process import started, until
 from tests.e2e.waiting import free_port

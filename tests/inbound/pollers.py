@@ -10,7 +10,7 @@ from adapter.bridge.poller import BotPoller
 from adapter.contract.names import H_MSG_ID, H_REASON
 from adapter.errors import SessionExpired
 from adapter.ports import StoredMessage
-from adapter.security.seal import dead_context
+from adapter.tools.seal import dead_context
 from tests.fakes import Bench, raw_message, settle
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"

@@ -12,7 +12,7 @@ import msgspec
 from adapter.bridge.leases import Leases
 from adapter.bridge.partition import Partition
 from adapter.bridge.partitions import Partitions
-from adapter.bridge.status import PollerStatus, ReplicaStatus
+from adapter.bridge.presence import PollerStatus, ReplicaStatus
 from adapter.contract.names import Names
 from adapter.contract.records import Lease
 from adapter.ports import Account, Polled

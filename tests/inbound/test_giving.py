@@ -15,7 +15,7 @@ import pytest
 from adapter.bridge.handover import ASK_EVERY_S, DEAF_S, LONGEST_S, SILENT_S, Asked, Polled, Told, answer, read_polled
 from adapter.bridge.partitions import CUT_S
 from adapter.bridge.poller import State
-from adapter.bridge.status import ReplicaStatus
+from adapter.bridge.presence import ReplicaStatus
 from adapter.contract.names import Names
 from adapter.contract.records import Lease
 from adapter.ports import Entry

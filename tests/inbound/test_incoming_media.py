@@ -20,15 +20,15 @@ from adapter.bridge.media import (
     MediaFetcher,
     name_media,
 )
-from adapter.content import media
 from adapter.contract import messages as contract
 from adapter.contract.messages import FileItem, ImageItem, Inbound, InboundItem, Media, VideoItem, VoiceItem
 from adapter.contract.names import person_token, position
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.kit.slots import FairSlots
 from adapter.ports import MediaRef
 from adapter.simulator import samples
+from adapter.tools import media_types
+from adapter.tools.concurrency import FairSlots
 from tests.fakes import Bench, raw_message
 
 VIRTUAL_TIME = True
@@ -40,7 +40,7 @@ def fetcher(bench: Bench, **changes: Any) -> MediaFetcher:
     """The fetcher of a replica of its own, as the production wiring makes it."""
 
     async def to_wav(silk: bytes) -> bytes | None:
-        return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
+        return media_types.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
     parts: dict[str, Any] = {
         "cdn": bench.cdn,
@@ -140,7 +140,7 @@ async def test_an_item_names_its_object_with_what_ilink_says(bench: Bench) -> No
 async def test_a_recording_has_a_wav_where_it_can_be_converted(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, has_voice: bool
 ) -> None:
-    monkeypatch.setattr(media, "HAS_VOICE", has_voice)
+    monkeypatch.setattr(media_types, "HAS_VOICE", has_voice)
     made = Published(bench, voice(playtime=2000))
     name = made.media().object
     wav = Media(object=f"{name}.wav", name="voice.wav", mime="audio/wav", duration_ms=2000)
@@ -180,7 +180,7 @@ async def test_a_recording_is_stored_as_it_came_and_as_wav(bench: Bench) -> None
     name = made.media().object
     assert bench.objects.stored.keys() == {name, f"{name}.wav"}
     assert bench.objects.stored[name] == silk
-    assert media.wav_duration_ms(bench.objects.stored[f"{name}.wav"]) == 2000
+    assert media_types.wav_duration_ms(bench.objects.stored[f"{name}.wav"]) == 2000
     assert bench.objects.described[name] == ("audio/silk", "voice.silk")
     assert bench.objects.described[f"{name}.wav"] == ("audio/wav", "voice.wav")
 

@@ -13,8 +13,8 @@ from adapter.bridge import window
 from adapter.contract.messages import TextItem
 from adapter.contract.names import H_REASON, H_SUBJECT, person_token
 from adapter.ilink.translate import read_message
-from adapter.kit.persist import ATTEMPTS
 from adapter.ports import BusMessage, InboundMessage, PubAck
+from adapter.tools.tasks import ATTEMPTS
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import USER, Poller, Replica, opened, raw, successor_of, texts

@@ -20,9 +20,9 @@ from adapter.bridge.presence import Here
 from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.kit.timing import PerTickLimiter, RateLimiter
 from adapter.ports import HOLD_MS, Account, BusMessage, InboundMessage, Polled
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
+from adapter.tools.timing import PerTickLimiter, RateLimiter
 from tests.fakes import Bench, Failing, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, start_poller, texts
 

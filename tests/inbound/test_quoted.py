@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from adapter.bridge.record import SentText
-from adapter.content.dedup import MessageKeys
-from adapter.content.quotes import Part, Reference
 from adapter.contract.messages import Inbound, Quote, TextItem
+from adapter.contract.quotes import Part, Reference
+from adapter.contract.repeats import MessageKeys
 from adapter.ports import InboundMessage
 from tests.fakes import Bench, batch
 from tests.inbound.pollers import polls

@@ -16,8 +16,8 @@ from adapter.contract.messages import ImageItem, Options, UnsupportedItem
 from adapter.contract.names import H_BODY, H_EXPECTED, H_MSG_ID, H_POSITION, H_USER, person_token
 from adapter.errors import BusRefused, Conflict, Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.kit.timing import PerTickLimiter
 from adapter.ports import BusMessage, InboundMessage, Polled, PubAck
+from adapter.tools.timing import PerTickLimiter
 from tests.fakes import EPOCH_MS, Bench, Failing, Rounds, batch, raw_message, ready
 from tests.inbound.pollers import (
     BOT,

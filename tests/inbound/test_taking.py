@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from adapter.bridge.poller import State
 from adapter.ports import BusMessage
-from adapter.security.seal import Sealer, cursor_context
+from adapter.tools.seal import Sealer, cursor_context
 from tests.fakes import Bench, FakeTenure, batch, ready
 from tests.inbound.pollers import BOT, Poller, Replica, polls, raw, start_poller, successor_of
 

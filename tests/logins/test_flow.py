@@ -28,7 +28,7 @@ from adapter.logins.flow import DEAD_CODES, REFRESH_S
 from adapter.logins.records import UPGRADE, LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
-from adapter.security.seal import Sealer
+from adapter.tools.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 from tests.newer import made_newer
 

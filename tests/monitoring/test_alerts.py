@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from adapter.observability.metrics import Metrics
+from adapter.tools.metrics import Metrics
 from tests.monitoring.tools import RULES, missing_in, need
 
 JOB = 'namespace="wechat",job="wechat/wechat-nats"'

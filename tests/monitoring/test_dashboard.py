@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator  # type: ignore[import-untyped]
 
-from adapter.observability.metrics import Metrics
+from adapter.tools.metrics import Metrics
 from tests.monitoring.dashboard import expressions, load_dashboard, panels, shown, values
 from tests.monitoring.test_alerts import rules
 from tests.monitoring.tools import missing_in, need

@@ -14,8 +14,8 @@ from cyclopts import MissingArgumentError
 from adapter.cli import build
 from adapter.contract.names import Names
 from adapter.jetstream import topology
-from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
+from adapter.tools.metrics import Metrics
 from tests.monitoring.test_alerts import alerts, promtool
 from tests.monitoring.tools import ROOT, RUNBOOK, missing_in
 

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from adapter.bridge.commands import MediaPart
-from adapter.bridge.uploads import StoreAway
+from adapter.bridge.media import StoreAway
 from adapter.errors import Refused, Temporary, Unreadable
 from adapter.ports import Account
 from adapter.replica.wiring import TRANSFERS_PER_SANDBOX

@@ -10,8 +10,8 @@ from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.presence import Presence
 from adapter.contract.names import Names
 from adapter.errors import Conflict, Temporary
-from adapter.observability.metrics import Metrics
 from adapter.ports import Entry
+from adapter.tools.metrics import Metrics
 from tests.fakes import FakeClock, Life
 
 LEASE_S = 4.0

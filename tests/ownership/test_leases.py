@@ -16,8 +16,8 @@ from adapter.bridge.leases import HOLDER_FRACTION, Tenure
 from adapter.bridge.presence import GIVEN_S, LEFT_S
 from adapter.contract.records import Lease
 from adapter.errors import LeaseLost
-from adapter.kit.timing import SystemClock
 from adapter.ports import Entry
+from adapter.tools.timing import SystemClock
 from tests.fakes import FakeClock
 from tests.newer import made_newer
 from tests.ownership.cluster import LEASE_S, PARTITIONS, Cluster, Replica, Store

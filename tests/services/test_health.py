@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from adapter.bridge.poller import State
-from adapter.bridge.status import PollerStatus, Replicas, ReplicaStatus
+from adapter.bridge.presence import PollerStatus, Replicas, ReplicaStatus
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, Window
 from adapter.services.health import FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench

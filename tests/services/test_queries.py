@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.bridge.status import Replicas, ReplicaStatus
+from adapter.bridge.presence import Replicas, ReplicaStatus
 from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.contract.names import person_token
 from adapter.errors import Refused, Temporary

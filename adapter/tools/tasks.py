@@ -1,4 +1,4 @@
-"""Work that has to succeed, however long that takes, as long as this replica may do it.
+"""Background tasks of an owner, and work that has to succeed, however long that takes, while its owner may do it.
 
 An exception that is no AdapterError is a bug. The message or command that triggers it ends after a few attempts, with
 tracebacks in the log, and the next one goes on.
@@ -6,19 +6,61 @@ tracebacks in the log, and the next one goes on.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from adapter.errors import AdapterError, Crashed, LeaseLost, PersonGone, RecordTooNew, StaleRead
-from adapter.kit.timing import Clock, backoff
+from adapter.tools.timing import Clock, backoff
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
 ATTEMPTS = 3
+"""Crashes of the same work after which it ends."""
+
+
+class TaskSet:
+    """The running tasks of one owner. asyncio holds tasks only weakly, and reports their failures late."""
+
+    def __init__(self, name: str) -> None:
+        """`name` tells in the log whose task has crashed. The end of a lease is no crash."""
+        self._name = name
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    async def wait_ended(self, within_s: float | None = None) -> bool:
+        """Waits until all tasks have ended, including new ones. Returns whether they have within `within_s`
+        seconds."""
+        loop = asyncio.get_running_loop()
+        deadline = None if within_s is None else loop.time() + within_s
+        while self._running:
+            left_s = None if deadline is None else deadline - loop.time()
+            if left_s is not None and left_s <= 0:
+                return False
+            await asyncio.wait(list(self._running), timeout=left_s)
+        return True
+
+    def cancel_all(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+
+    def _on_task_done(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if task.cancelled() or (exc := task.exception()) is None or isinstance(exc, LeaseLost):
+            return
+        log.error("task.crashed", task=self._name, exc_info=exc)
 
 
 class Owner(Protocol):

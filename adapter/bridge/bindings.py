@@ -13,12 +13,12 @@ from adapter.contract.messages import BindingState
 from adapter.contract.names import LAYOUT_KEY, Names, from_subject_token, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused, Temporary
-from adapter.kit.batches import Batches
-from adapter.kit.timing import ChangeSignal, Clock
-from adapter.observability.decoding import decode_record
-from adapter.observability.events import Events
 from adapter.ports import Account, Bucket, Entry, History, LeaderBucket, StoredMessage
-from adapter.security.seal import Sealer, Sealing, cursor_context
+from adapter.tools.concurrency import Batches
+from adapter.tools.decoding import decode_record
+from adapter.tools.events import Events
+from adapter.tools.seal import Sealer, Sealing, cursor_context
+from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

@@ -31,9 +31,9 @@ from adapter.contract.names import (
     forwardable_headers,
 )
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.kit.timing import Clock, backoff
-from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, BusMessage, PubAck
+from adapter.tools.metrics import Metrics
+from adapter.tools.timing import Clock, backoff
 
 log = structlog.get_logger()
 

@@ -1,1 +1,0 @@
-"""Which bot serves which sandbox."""

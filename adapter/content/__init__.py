@@ -1,1 +1,0 @@
-"""What a message is, independent of its source: identity, quotes and media."""

@@ -1,1 +1,0 @@
-"""What a replica reports about its work: metrics, logs, and events for sandboxes and platforms."""

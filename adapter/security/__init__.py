@@ -1,1 +1,0 @@
-"""Secrets and permissions: tokens sealed at rest, and the permissions of each role."""
