@@ -117,7 +117,7 @@ class InFlight:
             if is_final(last.receipt):
                 found[command.sequence] = result_of(last.receipt)
                 if not command.delivery.redelivered:  # another copy of a command that has ended
-                    self._parts.metrics.outbound_messages.child(command.kind, "duplicate", "none").inc()
+                    self._parts.metrics.outbound_messages.labels(command.kind, "duplicate", "none").inc()
                 continue
             command.receipt, command.parked, command.parked_for = last.sequence, True, last.receipt.user
             self.release_body(command)

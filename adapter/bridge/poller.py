@@ -452,14 +452,14 @@ class BotPoller:
         parts.sessions.changed.notify_all()
         is_new, has_news = polled.cursor not in (None, person.state.cursor), True
         if polled.messages:
-            parts.metrics.polls_full.inc()
+            parts.metrics.polls.labels(outcome="messages").inc()
             pace.hold_ms = max(pace.hold_ms, polled.hold_ms)
             self._enter(State.STORING)
             await parts.ticks.wait_tick()
             has_news = await Receiver(self.bot, person, parts, polled, binding, started).receive()
             self._enter(State.POLLING)
         else:
-            parts.metrics.polls_empty.inc()
+            parts.metrics.polls.labels(outcome="empty").inc()
             is_on_time = (now - began) * 1000 <= polled.hold_ms + ON_TIME_MS
             pace.hold_ms = polled.hold_ms if is_on_time else max(pace.hold_ms, polled.hold_ms)
             await parts.wakeups.wait_for_batch()

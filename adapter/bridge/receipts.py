@@ -108,11 +108,11 @@ class Receipts:
         if result.outcome == "parked":
             return
         outcome = "duplicate" if result.repeat_of else result.outcome
-        self._metrics.outbound_messages.child(command.kind, outcome, result.reason or "none").inc()
+        self._metrics.outbound_messages.labels(command.kind, outcome, result.reason or "none").inc()
         if not command.parked and command.verb == "receipt":
             failed = result.outcome in ("dead_lettered", "uncertain")
             took_s = max(0, self._clock.now_ms() - ref.stored_ms) / 1000
-            self._metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
+            self._metrics.outbound_duration.labels("failed" if failed else "settled").observe(took_s)
 
     async def _publish_dead_letter(
         self, command: QueuedCommand, result: CommandResult, address: Address, trace: str

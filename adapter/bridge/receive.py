@@ -513,7 +513,7 @@ class Receiver:
 
     def _count(self, one: Received, outcome: str) -> None:
         kind = one.message.kind if one.message else "unsupported"
-        self._parts.metrics.inbound_messages.child(kind, outcome).inc()
+        self._parts.metrics.inbound_messages.labels(kind, outcome).inc()
 
 
 def _without_media(items: Sequence[InboundItem], fetches: Sequence[MediaRef]) -> list[InboundItem]:

@@ -84,9 +84,9 @@ class CountedCall:
         if exc is not None and (isinstance(exc, LeaseLost) or not isinstance(exc, (AdapterError, TimeoutError))):
             return  # no request was made, or it was cancelled
         outcome, took_s = "ok" if exc is None else _outcome_label(exc), time.monotonic() - self._started
-        self._metrics.upstream_requests.child(self._endpoint, outcome).inc()
+        self._metrics.upstream_requests.labels(self._endpoint, outcome).inc()
         if self._endpoint not in LONG_POLLS:
-            self._metrics.upstream_request_duration.child(self._endpoint).observe(took_s)
+            self._metrics.upstream_request_duration.labels(self._endpoint).observe(took_s)
         if exc is None and self._on_success is not None:
             self._on_success(took_s)
 

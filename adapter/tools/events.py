@@ -104,7 +104,7 @@ class Events:
             if (shortened := await self._publish_shortened(message, receipt)) is None:
                 return 0
             ack = shortened
-        self._metrics.receipts.child(receipt.outcome).inc()
+        self._metrics.receipts.labels(receipt.outcome).inc()
         log.info(
             "receipt.stored",
             sandbox=receipt.sandbox,
