@@ -398,7 +398,7 @@ class History(Protocol):
 # The bus: buckets -----------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
+class BucketEntry(NamedTuple):
     """The last value of a key. `value` is None if the key was deleted; its revision still counts."""
 
     key: str
@@ -409,10 +409,10 @@ class Entry(NamedTuple):
 class Bucket(Protocol):
     """A key-value bucket. Writes wait while the bus is away."""
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         """The entry of a key, or None if the key never existed. Raises Temporary."""
 
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[BucketEntry]:
         """The entries of the keys that ever existed. Raises Temporary."""
 
     async def update(
@@ -432,17 +432,17 @@ class Bucket(Protocol):
         Raises Conflict, Temporary (the bucket is full).
         """
 
-    async def list_prefix(self, first: str = "") -> list[Entry]:
+    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
         """All entries whose key begins with the token `first` and a dot, or all entries, without deleted ones. Raises
         Temporary."""
 
-    async def read_since(self, revision: int) -> list[Entry]:
+    async def read_since(self, revision: int) -> list[BucketEntry]:
         """The entries that are newer than a revision, and deletions whose markers are there, as the bucket's leader
         has them. Raises Temporary."""
 
     async def watch(
         self,
-        on_entry: Callable[[Entry], None],
+        on_entry: Callable[[BucketEntry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
     ) -> None:
@@ -453,10 +453,10 @@ class Bucket(Protocol):
 class LeaderBucket(Protocol):
     """A bucket for leases. It reads from the stream's leader, and waits for at most about a second."""
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         """Raises Temporary."""
 
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[BucketEntry]:
         """The entries of the keys that ever existed. Raises Temporary."""
 
     async def write(self, key: str, value: bytes | None, revision: int | None, *, ttl_s: int = 0) -> int:

@@ -28,7 +28,7 @@ from adapter.bridge.partition import Partition
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.ports import Accepted, Entry
+from adapter.ports import Accepted, BucketEntry
 from adapter.tools.timing import ChangeSignal
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
@@ -231,7 +231,7 @@ class Bucket(FakeBucket):
         self._hold = hold
         self.on_write = hold.wait
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         if not self._hold.up.is_set():
             raise Temporary("bus_down")
         return await super().get(key)

@@ -13,7 +13,7 @@ from adapter.contract.messages import BindingState
 from adapter.contract.names import LAYOUT_KEY, Names, from_subject_token, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused, Temporary
-from adapter.ports import Account, Bucket, Entry, History, LeaderBucket, StoredMessage
+from adapter.ports import Account, Bucket, BucketEntry, History, LeaderBucket, StoredMessage
 from adapter.tools.concurrency import Batches
 from adapter.tools.decoding import decode_record
 from adapter.tools.events import Events
@@ -124,7 +124,7 @@ class Bindings:
                 revision = await self._bucket.update(to_subject_token(bot), value, entry.revision if entry else 0)
             except Conflict:
                 continue  # written meanwhile: read again
-            self._apply_entry(Entry(to_subject_token(bot), value, revision))
+            self._apply_entry(BucketEntry(to_subject_token(bot), value, revision))
             return after
 
     async def remove(self, bot: str, check: Callable[[], None] = lambda: None) -> None:
@@ -142,10 +142,10 @@ class Bindings:
                 )
             except Conflict:
                 continue
-            self._apply_entry(Entry(to_subject_token(bot), None, revision))
+            self._apply_entry(BucketEntry(to_subject_token(bot), None, revision))
             return
 
-    async def refresh(self, bot: str) -> Entry | None:
+    async def refresh(self, bot: str) -> BucketEntry | None:
         """Reads a binding anew, and returns its key. Raises Temporary."""
         if entry := await self._bucket.get(to_subject_token(bot)):
             self._apply_entry(entry)
@@ -182,7 +182,7 @@ class Bindings:
             log.info("bindings.loaded", bindings=len(self))
         self.changed.notify_all()
 
-    def _apply_entry(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: BucketEntry) -> None:
         if entry.key == LAYOUT_KEY:
             return
         try:

@@ -50,7 +50,7 @@ class Told(msgspec.Struct, kw_only=True):
     """Those for whom it sends: sandbox and person."""
 
 
-class Polled(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class PollEnded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """A poll or send in somebody else's partition has ended, perhaps with an entry. Subject:
     `wechat.adapter.polled`."""
 
@@ -110,7 +110,7 @@ class Handover:
         self._told[replica] = told
         self._look(replica, told)
 
-    def on_polled(self, polled: Polled) -> None:
+    def on_polled(self, polled: PollEnded) -> None:
         """A poll or send of a replica on the list has ended."""
         if (told := self._told.get(polled.replica)) is not None:
             told.bots.discard(polled.bot)
@@ -140,17 +140,17 @@ def answer(
     return msgspec.json.encode(told)
 
 
-def read_polled(data: bytes) -> Polled | None:
+def read_polled(data: bytes) -> PollEnded | None:
     """None: it does not decode strictly, and is ignored."""
     try:
-        return msgspec.json.decode(data, type=Polled)
+        return msgspec.json.decode(data, type=PollEnded)
     except UNDECODABLE:
         return None
 
 
 async def say_polled(parts: Parts, partition: int, *, bot: str = "", person: str = "") -> None:
     """Tells every replica, at most once, that a poll or send has ended here."""
-    polled = Polled(replica=parts.presence.replica, partition=partition, bot=bot, person=person)
+    polled = PollEnded(replica=parts.presence.replica, partition=partition, bot=bot, person=person)
     try:
         await parts.core.publish(parts.names.polled(), msgspec.json.encode(polled), {})
     except Temporary as exc:

@@ -25,7 +25,7 @@ import structlog
 from adapter.bridge.presence import Free, Presence, share
 from adapter.contract.records import Lease
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
-from adapter.ports import Entry, LeaderBucket
+from adapter.ports import BucketEntry, LeaderBucket
 from adapter.tools.metrics import Metrics
 from adapter.tools.tasks import TaskSet
 from adapter.tools.timing import ChangeSignal, Clock
@@ -364,7 +364,7 @@ class Leases:
             await give(step.give)
             self._is_due = len(self.owned) > step.fair
 
-    def _observe(self, number: int, entry: Entry | None, now: float, *, is_blind: bool) -> Free:
+    def _observe(self, number: int, entry: BucketEntry | None, now: float, *, is_blind: bool) -> Free:
         revision = entry.revision if entry is not None else 0
         seen = self._free.get(number)
         if seen is None or seen.revision != revision:
@@ -398,7 +398,7 @@ class Leases:
         return True
 
 
-def _decode(entry: Entry) -> Lease:
+def _decode(entry: BucketEntry) -> Lease:
     """Of what cannot be read: one that nobody has released."""
     try:
         return msgspec.json.decode(entry.value or b"", type=Lease)

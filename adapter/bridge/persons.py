@@ -10,13 +10,12 @@ import msgspec
 import structlog
 
 from adapter.bridge.bindings import Bindings
-from adapter.bridge.entries import Clear, StoredEntry, clear_of, encode_end, read_entry
-from adapter.bridge.entries import Entry as EntryRecord
+from adapter.bridge.entries import Clear, Entry, StoredEntry, clear_of, encode_end, read_entry
 from adapter.bridge.record import PersonRecord, PersonState
 from adapter.contract.names import H_EXPECTED, Names
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import UNDECODABLE, AdapterError, Conflict, RecordTooNew, Refused, Unreadable
-from adapter.ports import Bucket, Bus, BusMessage, Entry, History, StoredMessage
+from adapter.ports import Bucket, BucketEntry, Bus, BusMessage, History, StoredMessage
 from adapter.tools.concurrency import Batches
 from adapter.tools.decoding import decode_record, log_once
 from adapter.tools.seal import Sealer, person_context
@@ -219,7 +218,7 @@ class Persons:
             raise Refused("token_key", "No known key opens the person's newest entry.")
         return entry
 
-    def _state_in(self, entry: Entry | None, key: PersonKey) -> tuple[PersonState | None, int]:
+    def _state_in(self, entry: BucketEntry | None, key: PersonKey) -> tuple[PersonState | None, int]:
         """Raises RecordTooNew, Refused("token_key")."""
         if entry is None or entry.value is None:
             return None, entry.revision if entry else 0
@@ -235,7 +234,7 @@ class Persons:
 
 def _is_entry(stored: StoredMessage) -> bool:
     try:
-        decode_record(stored.data, EntryRecord, subject=stored.subject)
+        decode_record(stored.data, Entry, subject=stored.subject)
     except UNDECODABLE:
         return False
     return True

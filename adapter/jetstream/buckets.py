@@ -19,7 +19,7 @@ from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.history import StreamHistory, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import SingleWrites
-from adapter.ports import Bus, BusMessage, Entry, StoredMessage
+from adapter.ports import BucketEntry, Bus, BusMessage, StoredMessage
 
 log = structlog.get_logger()
 
@@ -60,30 +60,32 @@ class KvBucket:
     def subject(self, key: str) -> str:
         return f"$KV.{self.name}.{key}"
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         query = {"last_by_subj": self.subject(key)}
         stored = await get_from_leader(self._connection, self.stream, query, timeout_s=2)
         return None if stored is None else self._entry(stored)
 
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[BucketEntry]:
         found = await self._history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
         return [self._entry(stored) for stored in found]
 
-    async def list_prefix(self, first: str = "") -> list[Entry]:
+    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
         return [entry async for entry in self.read_entries(first) if entry.value is not None]
 
-    async def read_since(self, revision: int) -> list[Entry]:
+    async def read_since(self, revision: int) -> list[BucketEntry]:
         read = self._history.read(self.stream, self.subject(">"), after=revision, page=PAGE)
         return [self._entry(stored) async for stored in read]
 
-    async def read_entries(self, first: str = "") -> AsyncIterator[Entry]:
+    async def read_entries(self, first: str = "") -> AsyncIterator[BucketEntry]:
         """As ports.Bucket.list_prefix, with deleted entries. A key that is written meanwhile may come twice."""
         async for stored in self._history.read(self.stream, self.subject(f"{first}.>" if first else ">"), page=PAGE):
             yield self._entry(stored)
 
-    def _entry(self, stored: StoredMessage) -> Entry:
+    def _entry(self, stored: StoredMessage) -> BucketEntry:
         is_deleted = OPERATION in stored.headers or MARKER in stored.headers
-        return Entry(stored.subject.removeprefix(self.subject("")), None if is_deleted else stored.data, stored.seq)
+        return BucketEntry(
+            stored.subject.removeprefix(self.subject("")), None if is_deleted else stored.data, stored.seq
+        )
 
     async def update(
         self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
@@ -131,7 +133,7 @@ class KvBucket:
 
     async def watch(
         self,
-        on_entry: Callable[[Entry], None],
+        on_entry: Callable[[BucketEntry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
         reload_s: float = 30.0,
@@ -165,7 +167,7 @@ class KvBucket:
 class _Watcher:
     """What one watcher of a bucket has seen."""
 
-    def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
+    def __init__(self, bucket: KvBucket, on_entry: Callable[[BucketEntry], None]) -> None:
         self.is_complete = False
         """No update up to `_top` was missed."""
         self._bucket = bucket
@@ -181,9 +183,9 @@ class _Watcher:
         revision = int(headers["Nats-Sequence"])
         if revision > self._top:
             self.is_complete, self._top = self.is_complete and revision == self._top + 1, revision
-        self._apply_entry(Entry(key, None if OPERATION in headers else msg.data, revision))
+        self._apply_entry(BucketEntry(key, None if OPERATION in headers else msg.data, revision))
 
-    def _apply_entry(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: BucketEntry) -> None:
         if entry.revision > self._revisions.get(entry.key, 0):
             self._revisions[entry.key] = entry.revision
             self._on_entry(entry)

@@ -19,7 +19,7 @@ from adapter.contract.messages import CHECKING, Login, LoginEvent
 from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.logins.qr import png_base64, terminal_text
-from adapter.ports import Bucket, Entry
+from adapter.ports import Bucket, BucketEntry
 from adapter.tools.decoding import decode_record
 from adapter.tools.events import Events
 from adapter.tools.metrics import Metrics
@@ -122,7 +122,7 @@ class LoginRecords:
                 self._metrics.logins.labels(outcome=after.status).inc()
             return after, revision
 
-    def _apply_entry(self, entry: Entry) -> None:
+    def _apply_entry(self, entry: BucketEntry) -> None:
         """In the order of the revisions of a key."""
         self._records.pop(entry.key, None)
         try:

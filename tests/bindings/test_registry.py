@@ -13,7 +13,7 @@ from adapter.bridge.bindings import Bindings
 from adapter.contract.names import Names, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import Refused
-from adapter.ports import Entry
+from adapter.ports import BucketEntry
 from tests.fakes import FakeBucket, settle
 from tests.newer import made_newer
 
@@ -48,7 +48,7 @@ async def test_an_update_that_meets_a_deletion_brings_nothing_back() -> None:
     bindings, bucket = await following()
     key, read = to_subject_token(BOT), bucket.get
 
-    async def answered_late(key: str) -> Entry | None:
+    async def answered_late(key: str) -> BucketEntry | None:
         found = await read(key)
         bucket.get = read  # type: ignore[method-assign]
         bucket.put(key, None)
@@ -103,7 +103,7 @@ async def test_a_bind_that_meets_a_newer_version_leaves_what_that_one_wrote() ->
 
     async def write(key: str) -> None:
         if texts:
-            bucket.entries[key] = Entry(key, texts.pop(), bucket.entries[key].revision + 1)  # not heard of yet
+            bucket.entries[key] = BucketEntry(key, texts.pop(), bucket.entries[key].revision + 1)  # not heard of yet
 
     bucket.on_write = write
     assert await bindings.change(BOT, lambda _: msgspec.structs.replace(BOUND, sandbox="s2")) is None

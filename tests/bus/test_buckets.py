@@ -16,7 +16,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import direct_get, direct_get_one
-from adapter.ports import BusMessage, Entry, StoredMessage
+from adapter.ports import BucketEntry, BusMessage, StoredMessage
 from tests.bus.rig import NAMES, Rig
 from tests.e2e.waiting import eventually, until
 
@@ -31,7 +31,7 @@ async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
     await bucket.update("s1.gone", b"2", 0)
     await bucket.delete("s1.gone")
     await bucket.update("s11.0123456789abcdef", b"3", 0)
-    assert await bucket.list_prefix("s1") == [Entry(KEY, b"1", first)]
+    assert await bucket.list_prefix("s1") == [BucketEntry(KEY, b"1", first)]
 
 
 @pytest.mark.parametrize("replicated", [False, True])
@@ -39,8 +39,8 @@ async def test_a_bucket_gives_many_keys_at_once(rig: Rig, replicated: bool) -> N
     bucket = KvBucket(rig.connection, NAMES.bindings, rig.publisher, replicated=replicated)
     assert await bucket.get_all([]) == []
     assert await bucket.get_all(["k1", "k2"]) == []
-    written = [Entry(f"k{i}", b"%d" % i, await bucket.update(f"k{i}", b"%d" % i, 0)) for i in range(600)]
-    gone = Entry("k7", None, await bucket.delete("k7"))
+    written = [BucketEntry(f"k{i}", b"%d" % i, await bucket.update(f"k{i}", b"%d" % i, 0)) for i in range(600)]
+    gone = BucketEntry("k7", None, await bucket.delete("k7"))
     found = await bucket.get_all(["never", *(entry.key for entry in written)])
     assert sorted(found, key=lambda entry: entry.revision) == [*written[:7], *written[8:], gone]
     assert await bucket.get_all(["k3"]) == [written[3]]
@@ -59,7 +59,7 @@ async def test_a_bucket_is_read_to_its_end_though_its_last_mark_has_aged(rig: Ri
     await eventually(has_aged, "the mark has aged")
     info = await rig.connection.api_request(f"STREAM.INFO.{bucket.stream}")
     assert info["state"]["last_seq"] == mark
-    assert await bucket.read_since(0) == [Entry("k1", b"1", first)]
+    assert await bucket.read_since(0) == [BucketEntry("k1", b"1", first)]
     assert await bucket.read_since(first) == []
 
 
@@ -72,11 +72,11 @@ async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
     second = await bucket.update(KEY, b"2", first)
     with pytest.raises(Conflict):
         await bucket.update(KEY, b"x", first)
-    assert await bucket.get(KEY) == Entry(KEY, b"2", second)
+    assert await bucket.get(KEY) == BucketEntry(KEY, b"2", second)
     with pytest.raises(Conflict):
         await bucket.delete(KEY, first)
     gone = await bucket.delete(KEY, second)
-    assert await bucket.get(KEY) == Entry(KEY, None, gone)
+    assert await bucket.get(KEY) == BucketEntry(KEY, None, gone)
     assert await bucket.update(KEY, b"3", gone) > gone
 
 
@@ -84,26 +84,26 @@ async def test_a_follower_sees_what_is_stored_and_never_what_was_refused(rig: Ri
     """A plain subscription to the bucket's subjects would show both."""
     bucket = rig.bucket(NAMES.bindings)
     revision = await bucket.update("a", b"1", 0)
-    seen: list[Entry] = []
+    seen: list[BucketEntry] = []
     loaded = asyncio.Event()
     rig.spawn(bucket.watch(seen.append, on_loaded=loaded.set))
     await loaded.wait()
-    assert seen == [Entry("a", b"1", revision)]
+    assert seen == [BucketEntry("a", b"1", revision)]
     with contextlib.suppress(Conflict):
         await bucket.update("a", b"refused", 99)
     second = await bucket.update("a", b"2", revision)
     third = await bucket.delete("a")
     await until(lambda: len(seen) == 3, "both changes are seen")
-    assert seen[1:] == [Entry("a", b"2", second), Entry("a", None, third)]
+    assert seen[1:] == [BucketEntry("a", b"2", second), BucketEntry("a", None, third)]
 
 
 async def test_a_follower_misses_nothing_across_a_kill(rig: Rig) -> None:
     """It hears of what others wrote while it could not listen."""
     bucket = rig.bucket(NAMES.bindings)
-    seen: dict[str, Entry] = {}
+    seen: dict[str, BucketEntry] = {}
     order: list[int] = []
 
-    def see(entry: Entry) -> None:
+    def see(entry: BucketEntry) -> None:
         seen[entry.key] = entry
         order.append(entry.revision)
 
@@ -141,7 +141,7 @@ async def looks(rig: Rig, bucket: KvBucket) -> Callable[[int], Awaitable[None]]:
 async def test_a_follower_finds_changes_of_which_it_got_no_message(rig: Rig, lost: str) -> None:
     """News are at most once."""
     bucket = rig.bucket(NAMES.bindings)
-    seen: dict[str, Entry] = {}
+    seen: dict[str, BucketEntry] = {}
     loaded = asyncio.Event()
     news, bucket.updates_subject = (
         bucket.updates_subject,
@@ -165,7 +165,7 @@ async def test_a_follower_finds_changes_of_which_it_got_no_message(rig: Rig, los
     await until(loaded.is_set, "it has read")
     first = {key: await bucket.update(key, b"1", 0) for key in ("a", "b")}
     second = {key: await bucket.update(key, b"2", first[key]) for key in ("a", "b")}
-    await until(lambda: seen == {key: Entry(key, b"2", second[key]) for key in second}, "all is seen")
+    await until(lambda: seen == {key: BucketEntry(key, b"2", second[key]) for key in second}, "all is seen")
 
 
 async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> None:
@@ -177,7 +177,7 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
         nonlocal loads
         loads += 1
 
-    seen: list[Entry] = []
+    seen: list[BucketEntry] = []
     more = await looks(rig, bucket)
     rig.spawn(bucket.watch(seen.append, on_loaded=count, reload_s=0.05))
     await until(lambda: loads == 1, "it has read")
@@ -262,11 +262,11 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
     first = await bucket.write("r1", b"1", 0)
     with pytest.raises(Conflict):
         await bucket.write("r1", b"x", 0)
-    assert await bucket.get("r1") == Entry("r1", b"1", first)
-    assert await bucket.get_all(["r1"]) == [Entry("r1", b"1", first)]
+    assert await bucket.get("r1") == BucketEntry("r1", b"1", first)
+    assert await bucket.get_all(["r1"]) == [BucketEntry("r1", b"1", first)]
     gone = await bucket.write("r1", None, first)
-    assert await bucket.get("r1") == Entry("r1", None, gone)
-    assert await bucket.get_all(["r1"]) == [Entry("r1", None, gone)]
+    assert await bucket.get("r1") == BucketEntry("r1", None, gone)
+    assert await bucket.get_all(["r1"]) == [BucketEntry("r1", None, gone)]
     with pytest.raises(Conflict):
         await bucket.write("r1", b"back", first)
 
@@ -281,7 +281,7 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
 async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
     """Nor takes a single key out of it without a mark: what is in there is nowhere else."""
     bucket = rig.bucket(name)
-    kept = Entry("a", b"1", await bucket.update("a", b"1", 0))
+    kept = BucketEntry("a", b"1", await bucket.update("a", b"1", 0))
     for verb, body, code in (
         ("PURGE", {}, 10110),
         ("PURGE", {"filter": bucket.subject("a")}, 10110),
@@ -307,26 +307,26 @@ async def test_what_is_written_for_a_time_goes_by_itself_unless_it_is_written_ag
         return [await bucket.get(key) for key in ("value", "mark")] == [None, None]
 
     await eventually(gone, "the value and the mark are gone")
-    assert await bucket.get("kept") == Entry("kept", b"2", kept)
+    assert await bucket.get("kept") == BucketEntry("kept", b"2", kept)
     assert await bucket.update("mark", b"3", 0) > deleted  # as if it had never been
 
 
 async def test_a_follower_reports_no_deletion_of_keys_that_a_bucket_has_lost(rig: Rig) -> None:
     """Who knows them keeps them; what is written from then on is heard."""
     bucket = rig.bucket(NAMES.bindings)
-    seen: list[Entry] = []
+    seen: list[BucketEntry] = []
     more = await looks(rig, bucket)
 
-    def on_entry(entry: Entry) -> None:
+    def on_entry(entry: BucketEntry) -> None:
         if entry.key == "a":
             seen.append(entry)
 
     rig.spawn(bucket.watch(on_entry, reload_s=0.05))
-    first = Entry("a", b"1", await bucket.update("a", b"1", 0))
+    first = BucketEntry("a", b"1", await bucket.update("a", b"1", 0))
     await until(lambda: seen == [first], "it is seen")
     await rig.connection.api_request(f"STREAM.DELETE.{bucket.stream}")
     await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     await more(3)
     assert seen == [first]
-    second = Entry("a", b"2", await bucket.update("a", b"2", 0))
+    second = BucketEntry("a", b"2", await bucket.update("a", b"2", 0))
     await until(lambda: seen == [first, second], "the next is seen")

@@ -12,7 +12,7 @@ from adapter.contract.names import H_MSG_ID
 from adapter.errors import Temporary
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.objects import CHUNK, ObjectStore
-from adapter.ports import BusMessage, Entry, PubAck
+from adapter.ports import BucketEntry, BusMessage, PubAck
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on, store_all
 from tests.bus.test_consumer import Reader
 from tests.bus.test_objects import content, count, pieces_of, whole
@@ -83,7 +83,7 @@ async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, pl
         await asyncio.gather(*(bucket.delete(key) for key in keys))
         assert [loss.has_happened for loss in losses] == [True] * 3
         assert changed == [revision + BATCH for revision in made], "none was written twice"
-        assert [(await bucket.get(key) or Entry(key, b"", 0)).value for key in keys] == [None] * BATCH
+        assert [(await bucket.get(key) or BucketEntry(key, b"", 0)).value for key in keys] == [None] * BATCH
 
 
 async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lossy: Lossy) -> None:

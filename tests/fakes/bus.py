@@ -13,7 +13,7 @@ from adapter.bridge.entries import messages_of
 from adapter.contract.messages import BindingEvent, Inbound, Receipt
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names, stream_of
 from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
-from adapter.ports import BusMessage, Entry, Heads, PubAck, StoredMessage
+from adapter.ports import BucketEntry, BusMessage, Heads, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
 
 MAX_PAYLOAD, HEADER_BYTES = 1024 * 1024, 64 * 1024
@@ -249,7 +249,7 @@ class FakeBucket:
     """Implements Bucket, and get and write of LeaderBucket. `label` is what it writes into the bus's journal."""
 
     def __init__(self, label: str = "", journal: list[str] | None = None) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, BucketEntry] = {}
         self.label = label
         self.journal = [] if journal is None else journal
         self.reads = 0
@@ -264,9 +264,9 @@ class FakeBucket:
         self.ttls: dict[str, int] = {}
         """In seconds, of keys and marks of deletions that were written to be gone in time. Nothing goes here."""
         self._revision = 0
-        self.followers: list[Callable[[Entry], None]] = []
+        self.followers: list[Callable[[BucketEntry], None]] = []
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         self.reads += 1
         await asyncio.sleep(0)
         if self.unreadable:
@@ -274,15 +274,15 @@ class FakeBucket:
             raise Temporary("bus_down")
         return self.entries.get(key)
 
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[BucketEntry]:
         return [entry for key in keys if (entry := await self.get(key)) is not None]
 
-    async def read_since(self, revision: int) -> list[Entry]:
+    async def read_since(self, revision: int) -> list[BucketEntry]:
         await asyncio.sleep(0)
         found = [entry for entry in self.entries.values() if entry.revision > revision]
         return sorted(found, key=lambda entry: entry.revision)
 
-    async def list_prefix(self, first: str = "") -> list[Entry]:
+    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
         await asyncio.sleep(0)
         found = [entry for key, entry in self.entries.items() if not first or key.startswith(f"{first}.")]
         return [entry for entry in found if entry.value is not None]
@@ -325,7 +325,7 @@ class FakeBucket:
         """Writes as somebody else would; the revision."""
         self._revision += 1
         self.ttls.pop(key, None)
-        entry = self.entries[key] = Entry(key, value, self._revision)
+        entry = self.entries[key] = BucketEntry(key, value, self._revision)
         self.journal.append(self.label)
         for follower in self.followers:
             follower(entry)
@@ -337,7 +337,7 @@ class FakeBucket:
 
     async def watch(
         self,
-        on_entry: Callable[[Entry], None],
+        on_entry: Callable[[BucketEntry], None],
         *,
         on_loaded: Callable[[], None] | None = None,
     ) -> None:

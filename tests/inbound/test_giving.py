@@ -12,13 +12,23 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from adapter.bridge.handover import ASK_EVERY_S, DEAF_S, LONGEST_S, SILENT_S, Asked, Polled, Told, answer, read_polled
+from adapter.bridge.handover import (
+    ASK_EVERY_S,
+    DEAF_S,
+    LONGEST_S,
+    SILENT_S,
+    Asked,
+    PollEnded,
+    Told,
+    answer,
+    read_polled,
+)
 from adapter.bridge.partitions import CUT_S
 from adapter.bridge.poller import State
 from adapter.bridge.presence import ReplicaStatus
 from adapter.contract.names import Names
 from adapter.contract.records import Lease
-from adapter.ports import Entry
+from adapter.ports import BucketEntry
 from tests.fakes import FakeDelivery
 from tests.inbound.pollers import raw
 from tests.inbound.sharing import HOLD_S, Sharing, World, sandbox_of
@@ -521,7 +531,7 @@ async def test_nobody_s_words_go_to_the_next_person_where_a_taker_hears_late_of_
     followers, loop = world.bench.bindings_bucket.followers, asyncio.get_running_loop()
     hear = followers.pop()  # the taker's
 
-    def hear_late(entry: Entry) -> None:
+    def hear_late(entry: BucketEntry) -> None:
         loop.call_later(1.0, hear, entry)
 
     followers.append(hear_late)
@@ -643,7 +653,7 @@ def test_a_question_that_does_not_decode_strictly_gets_no_answer() -> None:
 
 
 def test_a_word_is_read_strictly() -> None:
-    word = Polled(replica="r0-abc", partition=7, person="s1.p")
+    word = PollEnded(replica="r0-abc", partition=7, person="s1.p")
     assert read_polled(msgspec.json.encode(word)) == word
     assert read_polled(b'{"replica":"r0-abc","partition":7,"more":1}') is None
     assert read_polled(b'{"replica":"r0-abc"}') is None

@@ -27,7 +27,7 @@ from adapter.logins import flow
 from adapter.logins.flow import DEAD_CODES, REFRESH_S
 from adapter.logins.records import UPGRADE, LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
-from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
+from adapter.ports import BucketEntry, BusMessage, QrCode, Scan, ScanStatus
 from adapter.tools.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 from tests.newer import made_newer
@@ -701,7 +701,7 @@ async def test_an_answer_that_cannot_be_stored_waits_for_the_bus(doors: Doors) -
     failures = 3
     get = doors.bucket.get
 
-    async def away(key: str) -> Entry | None:
+    async def away(key: str) -> BucketEntry | None:
         nonlocal failures
         if failures:
             failures -= 1
@@ -749,7 +749,7 @@ async def test_what_is_no_id_is_no_key_of_the_bucket(login: str, doors: Doors) -
     """`*` would be answered with somebody's login."""
     await doors.start()
 
-    async def never(key: str) -> Entry | None:
+    async def never(key: str) -> BucketEntry | None:
         raise AssertionError(key)
 
     doors.bucket.get = never  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import pytest
 
 from adapter.bridge.partition import Partition
 from adapter.errors import Refused, Temporary
-from adapter.ports import Accepted, Entry
+from adapter.ports import Accepted, BucketEntry
 from tests.fakes import Bench, FakeDelivery
 from tests.outbound.shards import (
     BOT,
@@ -256,7 +256,7 @@ async def test_a_stale_read_of_the_record_has_nothing_sent_again(monkeypatch: py
     assert len(bench.chat.sent) == 2
     stale_reads = 0
 
-    async def stale(key: str) -> Entry | None:
+    async def stale(key: str) -> BucketEntry | None:
         nonlocal stale_reads
         monkeypatch.setattr(bucket, "get", current)
         stale_reads += 1

@@ -10,7 +10,7 @@ from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.presence import Presence
 from adapter.contract.names import Names
 from adapter.errors import Conflict, Temporary
-from adapter.ports import Entry
+from adapter.ports import BucketEntry
 from adapter.tools.metrics import Metrics
 from tests.fakes import FakeClock, Life
 
@@ -22,7 +22,7 @@ class Store:
     """A bucket as its leader has it."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, BucketEntry] = {}
         self.revision = 0
         self.writes = 0
 
@@ -32,7 +32,7 @@ class Store:
             raise Conflict(10071, "wrong last sequence")
         self.revision += 1
         self.writes += 1
-        self.entries[key] = Entry(key, value, self.revision)
+        self.entries[key] = BucketEntry(key, value, self.revision)
         return self.revision
 
 
@@ -63,14 +63,14 @@ class Line:
         self._writes: Counter[str] = Counter()
         self._on_message: list[Callable[[bytes], None]] = []
 
-    async def get(self, key: str) -> Entry | None:
+    async def get(self, key: str) -> BucketEntry | None:
         await self._through()
         found = self.store.entries.get(key)
         await self.life.goes_on()
         self.on_get()
         return found
 
-    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+    async def get_all(self, keys: Sequence[str]) -> list[BucketEntry]:
         await self._through()
         found = [self.store.entries[key] for key in keys if key in self.store.entries]
         await self.life.goes_on()

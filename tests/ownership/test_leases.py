@@ -16,7 +16,7 @@ from adapter.bridge.leases import HOLDER_FRACTION, Tenure
 from adapter.bridge.presence import GIVEN_S, LEFT_S
 from adapter.contract.records import Lease
 from adapter.errors import LeaseLost
-from adapter.ports import Entry
+from adapter.ports import BucketEntry
 from adapter.tools.timing import SystemClock
 from tests.fakes import FakeClock
 from tests.newer import made_newer
@@ -490,7 +490,7 @@ async def test_an_observer_to_whom_the_leader_answers_slowly_goes_on_counting(cl
     first, second = await settled(cluster, 2)
     read = second.line.get_all
 
-    async def slow(keys: list[str]) -> list[Entry]:
+    async def slow(keys: list[str]) -> list[BucketEntry]:
         found = await read(keys)
         await asyncio.sleep(0.9)
         return found
@@ -507,7 +507,7 @@ async def test_an_observer_that_reads_what_is_old_takes_nothing(cluster: Cluster
     before, known = owners(cluster), [*cluster.store.entries.values()]
     second.taken.clear()
 
-    async def stale(keys: list[str]) -> list[Entry]:
+    async def stale(keys: list[str]) -> list[BucketEntry]:
         await asyncio.sleep(0.01)
         return known
 
