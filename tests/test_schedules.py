@@ -637,7 +637,7 @@ def nothing_is_left(model: Model) -> list[str]:
     for number, (_, shard) in model.consumers.items():
         if depth := shard.queue_depths(Counter())[0]:
             left.append(f"shard {number} has {depth} in flight")
-        left += [f"{each.key}: {len(each.sender.queue)} queued" for each in shard if each.sender.queue]
+        left += [f"{each.person.key}: {len(each.queue)} queued" for each in shard.senders if each.queue]
         if shard.tasks:
             left.append(f"shard {number} has {shard.tasks} tasks")
     return left

@@ -24,7 +24,7 @@ from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.sandbox import Sandbox, read_control
-from adapter.bridge.sender import Phase
+from adapter.bridge.sender import Phase, Sender
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract.names import H_MSG_ID
@@ -58,7 +58,11 @@ class Partition:
         self._tasks = TaskSet("partition")
 
     def __iter__(self) -> Iterator[Person]:
-        return iter([each for sandbox in self._sandboxes.values() for each in sandbox.persons.values()])
+        return iter([sender.person for sender in self.senders])
+
+    @property
+    def senders(self) -> list[Sender]:
+        return [each for sandbox in self._sandboxes.values() for each in sandbox.senders.values()]
 
     # persons ----------------------------------------------------------------------------------------
 
@@ -174,30 +178,30 @@ class Partition:
         out go on: `wait_sent`."""
         self.is_draining = True
         self._tasks.spawn(self.typing.drain(DRAIN_S))
-        for person in self:
-            person.sender.stop(at_once=False)
+        for sender in self.senders:
+            sender.stop(at_once=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SAVE_S):
-                counted = [person.sender for person in self if person.sender.phase is Phase.COUNTED]
+                counted = [sender for sender in self.senders if sender.phase is Phase.COUNTED]
                 await asyncio.gather(*(sender.wait_ended() for sender in counted))  # they take it back
-                unsaved = [each for each in self if each.has_unsaved_sends and not each.sender.is_sending]
-                await asyncio.gather(*map(_save_once, unsaved))
+                quiet = [sender.person for sender in self.senders if not sender.is_sending]
+                await asyncio.gather(*(_save_once(person) for person in quiet if person.has_unsaved_sends))
 
     @property
-    def sending(self) -> list[Person]:
-        """The persons to whom a request is out, or whose receipts are being stored."""
-        return [person for person in self if person.sender.is_sending]
+    def sending(self) -> list[Sender]:
+        """Those with a request that is out, or whose receipts are being stored."""
+        return [sender for sender in self.senders if sender.is_sending]
 
     async def wait_sent(self) -> None:
         """Waits for the requests that are out, and tells the next owner of each end."""
-        await asyncio.gather(*(self._wait_sent(person) for person in self.sending))
+        await asyncio.gather(*(self._wait_sent(sender) for sender in self.sending))
         await self._tasks.wait_ended(DRAIN_S)
         self.stop()
         await self._tasks.wait_ended(CANCEL_GRACE_S)
 
-    async def _wait_sent(self, person: Person) -> None:
-        await person.sender.wait_ended()
-        await say_polled(self.parts, self.number, person=person.key.key)
+    async def _wait_sent(self, sender: Sender) -> None:
+        await sender.wait_ended()
+        await say_polled(self.parts, self.number, person=sender.person.key.key)
 
     def stop(self) -> None:
         """Stops at once, since the partition is lost."""
@@ -205,8 +209,8 @@ class Partition:
         self.tenure.end()
         self.typing.stop()
         self._tasks.cancel_all()
-        for person in self:
-            person.sender.stop(at_once=True)
+        for sender in self.senders:
+            sender.stop(at_once=True)
         for command in self.commands.commands.values():
             self.commands.release_body(command)
         self._sandboxes.clear()  # breaks reference cycles
@@ -216,7 +220,7 @@ class Partition:
     @property
     def tasks(self) -> int:
         """Number of tasks."""
-        return len(self._tasks) + sum(each.sender.is_running for each in self)
+        return len(self._tasks) + sum(sender.is_running for sender in self.senders)
 
     @property
     def throttled_bots(self) -> set[str]:
@@ -226,8 +230,8 @@ class Partition:
     def evict_idle(self) -> None:
         """Forgets who is gone, and old tickets; called each half minute."""
         for name, sandbox in [*self._sandboxes.items()]:
-            for person in [each for each in sandbox.persons.values() if each.bot is None]:
-                sandbox.drop_gone(person)
+            for sender in [each for each in sandbox.senders.values() if each.person.bot is None]:
+                sandbox.drop_gone(sender.person)
             if sandbox.is_empty:
                 del self._sandboxes[name]
             elif len(bound := self.parts.bindings.of_sandbox(name)) > len({each.key for each in bound}):
@@ -243,8 +247,7 @@ class Partition:
         """Adds the parked commands to `parked`, by reason. Returns the number of others in flight, with binds and the
         like, and when the oldest of them was stored."""
         waiting, commands = 0, self.commands.commands
-        for person in self:
-            sender = person.sender
+        for sender in self.senders:
             count = sum(each.parked for each in sender.queue) if sender.reason else 0
             parked[sender.reason] += count
             waiting += count

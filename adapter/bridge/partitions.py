@@ -284,7 +284,7 @@ class Partitions:
     def _still_open(self, number: int) -> Told:
         """Whom this replica still polls, and for whom it sends, in a partition that it has given away."""
         bots = {poller.bot for poller in self._pollers_of({number}) if poller.is_out and poller.is_given_away}
-        persons = {person.key.key for left in self._leaving.get(number, []) for person in left.sending}
+        persons = {sender.person.key.key for left in self._leaving.get(number, []) for sender in left.sending}
         return Told(bots=bots, persons=persons)
 
     # giving away ------------------------------------------------------------------------------------

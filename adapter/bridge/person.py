@@ -1,8 +1,8 @@
 """One person: a WeChat user of one sandbox. The only object that knows both directions of a bot.
 
-`on_stored`, `take_entry`, `check_binding`, `leave` and `Sender.enqueue` change memory at once and never wait. The
-poller is one task, the sender a coroutine that lives while there is work. After each wait both look at the state
-instead of trusting what they saw.
+Two work on it: the poller is one task, the sender a coroutine that lives while there is work. `on_stored`,
+`take_entry`, `check_binding` and `leave` change memory at once and never wait. After each wait both workers look at
+the state instead of trusting what they saw.
 
 What is stored of a person are the newest entry of their subject (`entries`), written by whoever polls, and their
 record (`record`), written before each send. Of both the newer window counts.
@@ -10,7 +10,7 @@ record (`record`), written before each send. Of both the newer window counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -18,12 +18,10 @@ import msgspec
 from adapter.bridge import window
 from adapter.bridge.entries import StoredEntry
 from adapter.bridge.handover import Handover
-from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.persons import StoredPerson, binding_of
 from adapter.bridge.record import BOTS_KEPT, Gone, PersonState
-from adapter.bridge.sender import Phase, Sender
 from adapter.bridge.sending import ServingBot
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.bridge.window import InboundReceived
@@ -67,10 +65,13 @@ class Person:
         parts: Parts,
         tenure: Tenure,
         handover: Handover,
-        commands: InFlight,
         typing: TypingIndicators,
+        on_change: Callable[[], None],
     ) -> None:
+        """`on_change`: called at each change of what may be sent."""
         self._parts = parts
+        self._typing = typing
+        self._on_change = on_change
         self.key = key
         self.user = ""
         """As iLink names them; "" as long as nobody knows."""
@@ -85,7 +86,10 @@ class Person:
         self.seen = DedupWindow()
         self.tenure = tenure
         self.handover = handover
-        self.sender = Sender(self, parts, tenure, commands, typing)
+        self.is_posting = False
+        """A request to iLink is out for them, or about to be."""
+        self.is_save_due = False
+        """The record is to be stored although nothing is sent."""
         self._saved = Saved(None, 0)
         self._written = self.state
         """The record as it was written last, perhaps without an answer."""
@@ -110,7 +114,7 @@ class Person:
             self.take_entry(stored.entry)
         self.position = max(self.position, stored.last)
         self._forget_other_bot()
-        self.sender.on_restored()
+        self._on_change()
 
     async def read_newest(self) -> None:
         """Takes the newest entry, which another replica may have stored. Raises as `open`."""
@@ -157,7 +161,7 @@ class Person:
                 opened.message == state.window.id or (opened.received_ms or 0) >= state.window.opened_ms
             ):
                 self._open_window(opened)
-        self.sender.on_change()
+        self._on_change()
 
     async def save(self) -> None:
         """Stores the record. Raises Temporary, LeaseLost; StaleRead if somebody else has written or deleted it since
@@ -212,14 +216,15 @@ class Person:
             if after.opened is not None:
                 self._open_window(after.opened)
         self.position = max(self.position, sequence)
-        self.sender.on_inbound()
+        self._on_change()
 
     def on_cursor(self, bot: str, cursor: str) -> None:
         """iLink has given a cursor without news, which is stored with what comes next, or once a day."""
         if bot == self.state.bot and cursor != self.state.cursor:
             self.state = msgspec.structs.replace(self.state, cursor=cursor, cursor_after=self.position)
             if self._parts.clock.monotonic() - self._saved_at > CURSOR_SAVED_S:
-                self.sender.save_soon()
+                self.is_save_due = True
+                self._on_change()
 
     def check_binding(self) -> None:
         """Takes the binding that serves the person now. Token and cursor of another bot are forgotten."""
@@ -229,7 +234,7 @@ class Person:
         self.learn(binding.user if binding is not None else "")
         if self.bot != former:
             self._forget_other_bot()
-            self.sender.on_binding()
+            self._on_change()
 
     def leave(self, gone: Gone) -> None:
         """Their time is over: what waits for them ends. "": it goes on after all."""
@@ -240,7 +245,19 @@ class Person:
         """The person's user, as the binding or the first message has it; "": it says nothing."""
         if user and user != self.user:
             self.user = user
-            self.sender.on_user()
+            self._on_change()
+
+    # typing indicator -------------------------------------------------------------------------------
+
+    def show_typing(self) -> None:
+        """Shows the typing indicator. Best effort."""
+        if self.bot is not None and self.bot.account.token:
+            self._typing.show(self.bot.account, self.key.sandbox, self.user, self.state.token)
+
+    def hide_typing(self) -> None:
+        self._typing.hide(self.key.sandbox, self.user)
+
+    # for an entry -----------------------------------------------------------------------------------
 
     def prints_with(self, lines: Sequence[bytes], answer_size: int) -> bytes:
         """The fingerprints of the next entry. `lines`: those of its messages; `answer_size`: how many of the answer
@@ -254,8 +271,7 @@ class Person:
             self.state = _with_bots(self.state, self.bot.id, ())
 
     def _open_window(self, opened: InboundReceived) -> None:
-        now_ms, in_flight = self._parts.clock.now_ms(), int(self.sender.phase in (Phase.COUNTED, Phase.SENDING))
-        self.state = window.open_window(self.state, opened, now_ms, in_flight)
+        self.state = window.open_window(self.state, opened, self._parts.clock.now_ms(), int(self.is_posting))
 
 
 def _with_bots(state: PersonState, bot: str, bots: Sequence[str]) -> PersonState:

@@ -380,7 +380,7 @@ class Receiver:
         try:
             person.on_stored(sequence, after)
             if self._binding.options.auto_typing and taken:
-                person.sender.show_typing()
+                person.show_typing()
         except Exception:  # it costs the window, not the message
             log.exception("inbound.crashed", bot=self._bot, work="on_stored")
 

@@ -29,6 +29,7 @@ from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import Gone
+from adapter.bridge.sender import Sender
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract import messages as contract
@@ -74,7 +75,8 @@ class Sandbox:
     ) -> None:
         """`tasks`: where what takes time runs."""
         self.name = name
-        self.persons: dict[PersonKey, Person] = {}
+        self.senders: dict[PersonKey, Sender] = {}
+        """Of the persons, whom they know."""
         self._parts = parts
         self._tenure = tenure
         self._handover = handover
@@ -92,12 +94,20 @@ class Sandbox:
 
     def person(self, binding: Binding) -> Person:
         """The person of a binding, who exists from now on."""
-        if (person := self.persons.get(binding.key)) is None:
-            person = self.persons[binding.key] = Person(
-                binding.key, self._parts, self._tenure, self._handover, self._commands, self._typing
-            )
+        return self._sender(binding).person
+
+    def _sender(self, binding: Binding) -> Sender:
+        key = binding.key
+        if (sender := self.senders.get(key)) is None:
+            on_change = partial(self._on_change, key)
+            person = Person(key, self._parts, self._tenure, self._handover, self._typing, on_change)
             person.check_binding()
-        return person
+            sender = self.senders[key] = Sender(person, self._parts, self._commands)
+        return sender
+
+    def _on_change(self, key: PersonKey) -> None:
+        if (sender := self.senders.get(key)) is not None:  # a poll that was kept may know a person who is gone here
+            sender.on_change()
 
     def on_binding(self, binding: Binding) -> None:
         """Handles a change of a binding, or of its token's state."""
@@ -108,8 +118,9 @@ class Sandbox:
     def drop_gone(self, person: Person) -> None:
         """Forgets a person whom no binding has any more, once nothing is in hand for them."""
         is_bound = any(each.key == person.key for each in self._bindings())
-        if not is_bound and person.sender.is_idle and self.persons.get(person.key) is person:
-            del self.persons[person.key]
+        sender = self.senders.get(person.key)
+        if sender is not None and sender.person is person and sender.is_idle and not is_bound:
+            del self.senders[person.key]
 
     async def drop_all_replaced(self) -> None:
         """Of two bots of one person, which a bind has left that came to no end, the later one goes on. Raises
@@ -121,7 +132,7 @@ class Sandbox:
     @property
     def is_empty(self) -> bool:
         """Nothing has to be remembered."""
-        return not (self.persons or self._controls or self._is_held)
+        return not (self.senders or self._controls or self._is_held)
 
     @property
     def controls(self) -> Iterable[QueuedCommand]:
@@ -365,15 +376,15 @@ class Sandbox:
         """Ends the service of bots and the time of their persons. Raises Temporary, BusRefused, LeaseLost."""
         parts, check = self._parts, self._tenure.check
         keys = {each.key for each in leaving}
-        persons = [self.person(each) for each in {each.key: each for each in leaving}.values()]
-        for person in persons:
-            person.leave(gone)
+        senders = [self._sender(each) for each in {each.key: each for each in leaving}.values()]
+        for sender in senders:
+            sender.person.leave(gone)
         for binding in (each for each in self._bindings() if each.key in keys):
             await parts.sessions.end_poll(binding.bot, gone)
-        for person in persons:
-            await person.sender.wait_idle()
+        for sender in senders:
+            await sender.wait_idle()
             check()
-            await parts.persons.end(person.key, check, erased=gone == "erased")
+            await parts.persons.end(sender.person.key, check, erased=gone == "erased")
         for binding in leaving:
             await self._announce(binding, "unbound", control)
             if binding.bot not in control.bots:
@@ -394,8 +405,8 @@ class Sandbox:
             key = binding.key
             if key.since < number and await parts.persons.has_ended(key):
                 await parts.bindings.update(binding.bot, partial(self._with_new_time, key, number))
-            elif (person := self.persons.get(key)) is not None and person.gone:
-                person.leave("")
+            elif (sender := self.senders.get(key)) is not None and sender.person.gone:
+                sender.person.leave("")
         parts.bindings.changed.notify_all()  # pollers wait
 
     def _with_new_time(self, key: PersonKey, number: int, now: Binding) -> Binding | None:
@@ -423,13 +434,13 @@ class Sandbox:
             log.exception("command.crashed", sandbox=self.name, sequence=command.sequence)
             self._place_unserved(command, sending.crashed_result(exc))
         else:
-            self.person(binding).sender.enqueue(command)
+            self._sender(binding).enqueue(command)
 
     def _place_unserved(self, command: QueuedCommand, refusal: CommandResult) -> None:
         """Places a command that nobody serves with whom a former owner was sending it to: at once, since that one's
         queue waits for no command. Else its receipt is looked up."""
-        if (person := self._who_has_begun(command)) is not None:
-            person.sender.enqueue(command)
+        if (sender := self._who_has_begun(command)) is not None:
+            sender.enqueue(command)
         else:
             self._tasks.spawn(self._place_after_look(command, refusal))
 
@@ -458,31 +469,32 @@ class Sandbox:
     async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult) -> None:
         """Places a command that nobody serves with whom a former owner has parked it for. Else it ends with
         `refusal`. Raises LeaseLost."""
-        person = None
+        sender = None
         try:
             if not command.is_checked:
                 if command.sequence in await self._commands.find(self.name, [command]):
                     await self._commands.acknowledge(command)
                     return
-                person = self._who_has_begun(command)
+                sender = self._who_has_begun(command)
                 command.is_checked = True
         except Crashed as exc:  # a former owner may have sent it
             refusal = CommandResult("uncertain", detail=exc.detail)
-        if person is not None:
-            person.sender.enqueue(command)
+        if sender is not None:
+            sender.enqueue(command)
         else:
             await self._end(command, refusal)
 
-    def _who_has_begun(self, command: QueuedCommand) -> Person | None:
-        """The person to whom a former owner was sending a command, or for whom it has parked it."""
+    def _who_has_begun(self, command: QueuedCommand) -> Sender | None:
+        """That of the person to whom a former owner was sending a command, or for whom it has parked it."""
         sequence = command.ref.sequence
-        persons = [each for each in self.persons.values() if each.key.since < sequence]
-        for person in persons:
-            if (head := person.state.head) is not None and head.has_command(command.ref):
-                return person
+        senders = [each for each in self.senders.values() if each.person.key.since < sequence]
+        for sender in senders:
+            if (head := sender.person.state.head) is not None and head.has_command(command.ref):
+                return sender
         if command.user or command.bot or not command.parked_for:
             return None
-        return next((each for each in persons if each.user == command.parked_for and each.bot is not None), None)
+        former = (each for each in senders if each.person.user == command.parked_for)
+        return next((each for each in former if each.person.bot is not None), None)
 
     def _persist(self, work: Callable[[], Awaitable[T]], control: QueuedCommand) -> Awaitable[T]:
         """Raises LeaseLost, Crashed."""

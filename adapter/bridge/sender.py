@@ -15,7 +15,7 @@ import bisect
 import enum
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -23,13 +23,12 @@ import structlog
 from adapter.bridge import sending, window
 from adapter.bridge.commands import MERGE_SEPARATOR, MediaPart, client_id
 from adapter.bridge.inflight import InFlight
-from adapter.bridge.leases import Tenure
 from adapter.bridge.media import StoreAway
 from adapter.bridge.parts import Parts
+from adapter.bridge.person import Person
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import SendProgress
 from adapter.bridge.sending import CommandResult, QueuedCommand, ServingBot
-from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract.messages import Window
 from adapter.contract.repeats import bot_of
 from adapter.errors import (
@@ -48,9 +47,6 @@ from adapter.errors import (
 from adapter.ports import Accepted, Content
 from adapter.tools.tasks import ATTEMPTS, persist
 from adapter.tools.timing import ChangeSignal, backoff
-
-if TYPE_CHECKING:
-    from adapter.bridge.person import Person
 
 log = structlog.get_logger()
 
@@ -106,6 +102,8 @@ class _Head(msgspec.Struct):
     """Whose it is: sequence of the first command, number of the part, commands merged with it, bot."""
     refusal: CommandResult | None = None
     """iLink's answer after which the queue waits."""
+    refused_in: str = ""
+    """The window of that answer."""
 
 
 class _Pace(msgspec.Struct):
@@ -126,23 +124,19 @@ class _Pace(msgspec.Struct):
 class Sender:
     """Sends for one person."""
 
-    def __init__(
-        self, person: Person, parts: Parts, tenure: Tenure, commands: InFlight, typing: TypingIndicators
-    ) -> None:
+    def __init__(self, person: Person, parts: Parts, commands: InFlight) -> None:
+        self.person = person
         self.queue: list[QueuedCommand] = []
         """In the order of their sequences."""
         self.reason = ""
         """Why the queue waits; "" if it does not."""
         self.phase = Phase.WAITING
-        self._person = person
         self._parts = parts
-        self._tenure = tenure
+        self._tenure = person.tenure
         self._commands = commands
-        self._typing = typing
         self._task: asyncio.Task[None] | None = None
         self._is_leaving = False
         """Nothing more is begun: another replica may own the person."""
-        self._must_save = False
         self._changed = ChangeSignal()
         self._version = 0
         """Number of changes by others."""
@@ -150,8 +144,11 @@ class Sender:
         """No command expires before: thousands may wait."""
         self._alone_up_to = 0
         """Commands up to this sequence are not merged."""
+        self._user = person.user
+        """The person's user, as it was when the queue was looked at last."""
         self._head = _Head()
-        self._pace = _Pace()
+        now = parts.clock.monotonic()
+        self._pace = _Pace(posted_at=now, unanswered_at=now)
 
     # what others tell it ----------------------------------------------------------------------------
 
@@ -161,45 +158,15 @@ class Sender:
         self._expires_ms = min(self._expires_ms, command.expires_ms)
         self.on_change()
 
-    def on_restored(self) -> None:
-        """Entry and record were read."""
-        self._pace.posted_at = self._pace.unanswered_at = self._parts.clock.monotonic()
-        self.on_change()
-
-    def on_inbound(self) -> None:
-        """The user has written."""
-        self._head.refusal = None
-        self.on_change()
-
-    def on_user(self) -> None:
-        """The person's user is known now: what waits may name another one, and is looked at one by one."""
-        self._alone_up_to = max([self._alone_up_to, *(command.sequence for command in self.queue)])
-        self.on_change()
-
-    def on_binding(self) -> None:
-        """Another bot serves the person, or none."""
-        if self._person.bot is None:
-            self._typing.hide(self._person.key.sandbox, self._person.user)
-        self.on_change()
-
     def on_change(self) -> None:
-        """Has `run` look at the state."""
+        """Has `run` look at the state, since somebody else has changed it."""
+        if self.person.bot is None:
+            self.person.hide_typing()
         self._version += 1
         if self._task is not None:
             self._changed.notify_all()
-        elif (self.queue or self._must_save) and not self._is_leaving:
+        elif (self.queue or self.person.is_save_due) and not self._is_leaving:
             self._task = asyncio.get_running_loop().create_task(self.run())
-
-    def save_soon(self) -> None:
-        """Stores the record."""
-        self._must_save = True
-        self.on_change()
-
-    def show_typing(self) -> None:
-        """Shows the typing indicator. Best effort."""
-        person, bot = self._person, self._person.bot
-        if bot is not None and bot.account.token and not self._is_leaving:
-            self._typing.show(bot.account, person.key.sandbox, person.user, person.state.token)
 
     @property
     def is_running(self) -> bool:
@@ -219,7 +186,7 @@ class Sender:
         """Returns when nothing is in its hands. Raises LeaseLost if it has stopped before."""
         while not self.is_idle:
             if self._task is None:
-                raise LeaseLost("lease_lost", self._person.key.sandbox)
+                raise LeaseLost("lease_lost", self.person.key.sandbox)
             await asyncio.wait([self._task])
 
     def stop(self, *, at_once: bool) -> None:
@@ -233,23 +200,28 @@ class Sender:
         if self._task is not None:
             await asyncio.wait([self._task])
 
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.person.is_posting = phase in (Phase.COUNTED, Phase.SENDING)
+
     # the loop ---------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Works until no command is left and the record is stored. Between "nothing to do" and its end nothing is
         awaited, so nothing is missed."""
-        clock, sandbox = self._parts.clock, self._person.key.sandbox
+        clock, sandbox = self._parts.clock, self.person.key.sandbox
         crashes = failures = 0
         try:
-            while (self.queue or self._must_save) and not self._is_leaving:
-                head, self.phase = self.queue[0] if self.queue else None, Phase.WAITING
+            while (self.queue or self.person.is_save_due) and not self._is_leaving:
+                head = self.queue[0] if self.queue else None
+                self._enter(Phase.WAITING)
                 try:
                     await self._step()
                     failures = 0
                 except LeaseLost:
                     await self._tenure.valid()
                 except StaleRead:  # what was decided by the older record counts no more
-                    self._person.take_newer_record()
+                    self.person.take_newer_record()
                     self._head = _Head()
                     for command in self.queue:
                         command.is_checked = False
@@ -264,7 +236,8 @@ class Sender:
         except LeaseLost:
             log.debug("person.fenced", sandbox=sandbox)
         finally:
-            self._task, self.phase = None, Phase.WAITING
+            self._task = None
+            self._enter(Phase.WAITING)
 
     async def _after_crash(self, exc: Exception, crashes: int) -> None:
         """The third crash ends the first command. Commands that were merged are tried one by one before."""
@@ -279,11 +252,11 @@ class Sender:
         """Reads entry and record. False: they cannot be read here, and nothing is sent until they can. Raises
         Temporary, LeaseLost."""
         try:
-            await self._person.open()
+            await self.person.open()
         except (RecordTooNew, Refused):
             now_ms, result = self._parts.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
             over = [command for command in self.queue if command.expires_ms <= now_ms]
-            if self._person.bot is None:
+            if self.person.bot is None:
                 over, result = self.queue, CommandResult("refused", "not_bound", sending.UNSERVED)
             if not over:
                 left_s = [(each.expires_ms - now_ms) / 1000 for each in self.queue]
@@ -296,19 +269,21 @@ class Sender:
 
     async def _step(self) -> None:
         """Does the next thing for the first command."""
-        parts, person, queue = self._parts, self._person, self.queue
+        parts, person, queue = self._parts, self.person, self.queue
         await parts.ticks.wait_tick()
         if not (handover := person.handover).may_send(person.key.key):  # a former owner may still send to them
             await handover.changed.wait_until(lambda: handover.may_send(person.key.key) or self._tenure.is_over)
             self._tenure.check()
         if not person.is_open and not await self._open():
             return
-        if self._must_save:
-            self._must_save = False
+        if person.is_save_due:
+            person.is_save_due = False
             await self._save()
         if not queue:
             return
         now_ms, seen = parts.clock.now_ms(), self._version
+        if person.user != self._user:  # what waits may name another one, and is looked at one by one
+            self._user, self._alone_up_to = person.user, max(self._alone_up_to, queue[-1].sequence)
         head, progress, self.reason = queue[0], person.state.head, ""
         if self._expires_ms <= now_ms:
             await self._end_expired(now_ms)
@@ -329,7 +304,7 @@ class Sender:
             await self._wait_blocked(head, reason, seen)
         elif head.typing:
             if head.typing == "on":
-                self.show_typing()
+                person.show_typing()
             await self._end([(head, CommandResult("accepted"))])
         elif (due_s := self._next_due_s(person.bot)) > 0:
             await self._wait(due_s, seen, person.bot)
@@ -346,24 +321,24 @@ class Sender:
         if any(progress.has_command(command.ref) for command in self.queue):
             self.queue.sort(key=lambda each: (not progress.has_command(each.ref), each.sequence))
         else:  # the previous owner ended them, and did not store that
-            self._person.state = sending.without_lost_head(self._person.state)
+            self.person.state = sending.without_lost_head(self.person.state)
             self._head = _Head()
 
     async def _end_expired(self, now_ms: int) -> None:
         result = CommandResult("refused", "expired", sending.EXPIRED)
-        expired = sending.expired(self.queue, self._person.state, now_ms)[: sending.MERGED_AT_ONCE]
+        expired = sending.expired(self.queue, self.person.state, now_ms)[: sending.MERGED_AT_ONCE]
         await self._end([(command, await self._result_of_repeat(command) or result) for command in expired])
         self._expires_ms = min((command.expires_ms for command in self.queue), default=math.inf)
 
     async def _look_up(self, commands: Sequence[QueuedCommand]) -> None:
         """Finds the receipts of commands that somebody may have worked on before, and ends those that are over."""
         asked = [command for command in commands if not command.is_checked]
-        found = await self._commands.find(self._person.key.sandbox, asked)
+        found = await self._commands.find(self.person.key.sandbox, asked)
         for command in asked:
             command.is_checked = True
             if (result := found.get(command.sequence)) is None or command not in self.queue:
                 continue
-            group = sending.in_progress(self.queue, self._person.state)
+            group = sending.in_progress(self.queue, self.person.state)
             self._leave(command, result)
             await self._commands.acknowledge(command)
             if result.may_be_sent and command in group:  # one message, one answer
@@ -371,7 +346,7 @@ class Sender:
 
     def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
         """The result of a command for which no request is to be made; None: one is, unless it repeats a command."""
-        progress = self._person.state.head
+        progress = self.person.state.head
         if progress is not None:
             if progress.part >= head.part_count:
                 return sending.accepted_result(progress)
@@ -380,13 +355,13 @@ class Sender:
                 detail = "iLink gave no answer that can be read, and is not asked again: that might show it twice."
                 return CommandResult("uncertain", "", detail)
             return None
-        if head.user and self._person.user not in ("", head.user):
+        if head.user and self.person.user not in ("", head.user):
             return CommandResult("refused", "not_bound", sending.UNSERVED)
         return OTHER_USER if self._answers_other(head) else None
 
     async def _result_of_repeat(self, command: QueuedCommand) -> CommandResult | None:
         """The result of a command whose id an earlier one had that may have been sent. None: it is no repeat."""
-        person = self._person
+        person = self.person
         if (first := sending.earlier(command, person.state)) is None:
             return None
         result = await self._commands.result_of_repeat(command, first)
@@ -402,7 +377,7 @@ class Sender:
     def _next_due_s(self, bot: ServingBot) -> float:
         """Seconds until the next request may be made."""
         now, pace = self._parts.clock.monotonic(), self._pace
-        due_s, progress = pace.not_before - now, self._person.state.head
+        due_s, progress = pace.not_before - now, self.person.state.head
         if progress is not None and progress.unanswered_attempts:
             is_answering = self._is_answering(bot, progress)
             over_s, posted_s = now - pace.unanswered_at, now - pace.posted_at
@@ -418,7 +393,7 @@ class Sender:
     async def _wait(self, due_s: float, seen: int, bot: ServingBot | None = None) -> None:
         """Waits until something is due or has changed. `bot`: through which a request is to be made. For a repeat
         iLink is asked meanwhile whether it answers."""
-        parts, progress = self._parts, self._person.state.head
+        parts, progress = self._parts, self.person.state.head
         expiry_s = (self._expires_ms - parts.clock.now_ms()) / 1000
         due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
         if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
@@ -426,7 +401,7 @@ class Sender:
             return
         ask_s = sending.REPEAT_AFTER_S + self._pace.unanswered_at - parts.clock.monotonic()
         if ask_s <= 0:
-            ask_s = parts.successes.ask(parts.chat, bot.account, self._person.key)
+            ask_s = parts.successes.ask(parts.chat, bot.account, self.person.key)
         await self._changed.wait_until(
             lambda: self._version != seen or self._is_answering(bot, progress),
             min(due_s, ask_s),
@@ -450,15 +425,15 @@ class Sender:
         else:
             due_s = LOGIN_CHECK_S if reason == "needs_login" else math.inf
             if reason == "throttled":
-                probes_ms = window.probes_at_ms(self._person.state.window, parts.policy.window)
+                probes_ms = window.probes_at_ms(self.person.state.window, parts.policy.window)
                 due_s = (probes_ms - parts.clock.now_ms()) / 1000
             await self._wait(due_s, seen)
-            self._person.check_binding()
+            self.person.check_binding()
 
     async def _look_behind(self) -> None:
         """Before something is parked or refused: another replica may have stored what opens the window, if it holds
         an older poll."""
-        now, person = self._parts.clock.monotonic(), self._person
+        now, person = self._parts.clock.monotonic(), self.person
         is_here = person.bot is not None and self._parts.sessions.is_polled_here(person.bot.id)
         if is_here or now - self._pace.looked_at < LOOK_EVERY_S:
             return
@@ -474,7 +449,7 @@ class Sender:
             return OTHER_USER
         result = sending.while_blocked(command, reason, is_head=command is head)
         answer, self._head.refusal = self._head.refusal, None
-        if answer is None:
+        if answer is None or self._head.refused_in != self.person.state.window.id:  # the user has written since
             return result
         return msgspec.structs.replace(answer, outcome=result.outcome, reason=result.reason)
 
@@ -482,7 +457,7 @@ class Sender:
         """Whether a command answers a message that this person has not written."""
         if not command.reply_to:
             return False
-        author, bot, state = bot_of(command.reply_to), self._person.bot, self._person.state
+        author, bot, state = bot_of(command.reply_to), self.person.bot, self.person.state
         return bool(author) and author not in (bot.id if bot is not None else "", state.bot, *state.bots)
 
     async def _park_or_end(self, command: QueuedCommand, result: CommandResult) -> None:
@@ -498,7 +473,7 @@ class Sender:
                 command.parked = True
                 self._head.content_of = _NOTHING  # what was uploaded may be gone when its turn comes
                 self._commands.release_body(command)
-                self._typing.hide(self._person.key.sandbox, self._person.user)
+                self.person.hide_typing()
                 return
         await self._end([(command, result)])
 
@@ -506,7 +481,7 @@ class Sender:
 
     async def _send(self, bot: ServingBot) -> None:
         """Makes the next request for the first command, or the step that has to come before it."""
-        parts, person = self._parts, self._person
+        parts, person = self._parts, self.person
         group = sending.next_message(self.queue, person.state, parts.policy, self._alone_up_to)
         if missing := [command for command in group if command.parts is None]:
             await self._read(missing)
@@ -529,24 +504,24 @@ class Sender:
             now_ms = parts.clock.now_ms()
             if sending.blocker(group[0], person.state, bot, parts.policy, now_ms) or not self._is_wanted(bot, group):
                 return
-            self.phase = Phase.COUNTED
+            self._enter(Phase.COUNTED)
             try:
                 answer = await self._request(bot, progress, content, group)
             finally:
-                self.phase = Phase.ENDING
+                self._enter(Phase.ENDING)
         if answer is not None:
             await self._after(answer, bot, group, content)
 
     def _is_wanted(self, bot: ServingBot, group: list[QueuedCommand]) -> bool:
         """Whether a message may still be sent after something was awaited."""
-        is_same = self._person.bot == bot and self.queue[:1] == group[:1] and not self._is_leaving
+        is_same = self.person.bot == bot and self.queue[:1] == group[:1] and not self._is_leaving
         return is_same and min([each.expires_ms for each in group]) > self._parts.clock.now_ms()
 
     async def _request(
         self, bot: ServingBot, progress: SendProgress, content: Content, group: list[QueuedCommand]
     ) -> Accepted | AdapterError | None:
         """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
-        parts, person, clock = self._parts, self._person, self._parts.clock
+        parts, person, clock = self._parts, self.person, self._parts.clock
         if not progress.unanswered_attempts:
             self._pace.posted_at = clock.monotonic()
         person.state = window.record_attempt(person.state, progress, clock.now_ms())
@@ -561,7 +536,7 @@ class Sender:
         if not is_wanted:
             self._take_back()
             return None
-        self.phase = Phase.SENDING
+        self._enter(Phase.SENDING)
         parts.successes.note_post(bot.account.base_url, person.key)
         try:
             return await parts.chat.send(
@@ -579,17 +554,17 @@ class Sender:
             return exc
 
     def _take_back(self) -> None:
-        state = self._person.state
+        state = self.person.state
         if (head := state.head) is not None:  # an erasure may have ended it
             undone = msgspec.structs.replace(head, attempts=head.attempts - 1)
-            self._person.state = window.undo_attempt(state, undone)
+            self.person.state = window.undo_attempt(state, undone)
         self._pace.not_before = -math.inf
 
     def _after(
         self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
     ) -> Awaitable[None]:
         """Does what iLink's answer asks for."""
-        person, before = self._person, self._person.state.head
+        person, before = self.person, self.person.state.head
         assert before is not None
         person.state = sending.after_answer(person.state, answer, content, self._parts.clock.now_ms())
         self._head.has_looked = False
@@ -606,7 +581,7 @@ class Sender:
             refusal = sending.refusal(answer, before)
             if sending.is_throttled_again(before) or before.unanswered_attempts > 1:  # the first may be the last send
                 return self._end([(command, refusal) for command in group])
-            self._head.refusal = refusal
+            self._head.refusal, self._head.refused_in = refusal, person.state.window.id
             self._alone_up_to = max(self._alone_up_to, group[0].sequence)
             if answer.errmsg == PREPARE_FAILED:
                 self._parts.sessions.restart_soon(bot.id)
@@ -617,7 +592,7 @@ class Sender:
         self, answer: AdapterError, bot: ServingBot, group: list[QueuedCommand], *, is_upload: bool = False
     ) -> None:
         """Does what the failure of a request or an upload asks for."""
-        parts, progress, pace = self._parts, self._person.state.head, self._pace
+        parts, progress, pace = self._parts, self.person.state.head, self._pace
         self._report(answer, bot, progress)
         if isinstance(answer, SessionExpired):
             await self._check_session(answer, bot, group)
@@ -644,13 +619,14 @@ class Sender:
 
     async def _check_session(self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand]) -> None:
         """-14 to a send is no proof of a dead session: iLink answers a malformed body with it, too."""
-        person, sessions = self._person, self._parts.sessions
+        person, sessions = self.person, self._parts.sessions
         refusal = sending.refusal(answer, person.state.head)
-        self.phase = Phase.WAITING
+        self._enter(Phase.WAITING)
         if not await self._persist(lambda: sessions.is_alive(bot.id, lambda: person.bot is None), "session"):
             if person.bot is not None and person.bot.id == bot.id:
                 person.bot = msgspec.structs.replace(person.bot, is_usable=False)
             self._head.refusal = msgspec.structs.replace(refusal, reason="needs_login")
+            self._head.refused_in = person.state.window.id
             await self._save()  # a login may take hours, and another bot repeats no unanswered request
         elif self._head.rejections:
             refusal = msgspec.structs.replace(refusal, reason="rejected")
@@ -676,7 +652,7 @@ class Sender:
     async def _upload(
         self, part: MediaPart, bot: ServingBot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
     ) -> None:
-        person, head = self._person, self._head
+        person, head = self.person, self._head
         try:
             head.content = await self._parts.uploads.upload_media(part, bot.account, person.key.sandbox, person.user)
             head.content_of = content_of
@@ -695,7 +671,7 @@ class Sender:
             "send.retrying" if isinstance(answer, Temporary) else "send.failed",
             bot=bot.id,
             host=self._parts.chat.host_of(bot.account.base_url),
-            sandbox=self._person.key.sandbox,
+            sandbox=self.person.key.sandbox,
             commands=[ref.id for ref in progress.commands] if progress else [],
             failure=type(answer).__name__,
             reason=answer.reason,
@@ -709,7 +685,7 @@ class Sender:
         """Ends commands, which leave the queue."""
         if not ends:
             return
-        person, progress = self._person, self._person.state.head
+        person, progress = self.person, self.person.state.head
         ends = [(command, sending.final_result(result, person.state, command)) for command, result in ends]
         await self._commands.end(ends, self._address, self._shown, on_told=self._leave)
         command, result = ends[-1]
@@ -719,18 +695,18 @@ class Sender:
             pause_s = backoff(self._pace.uncertain, first_s=first_s, longest_s=longest_s)
             self._pace.not_before = self._parts.clock.monotonic() + pause_s
         if (not self.queue or self.reason) and not (command.typing == "on" and result.is_sent):
-            self._typing.hide(person.key.sandbox, person.user)
+            person.hide_typing()
 
     @property
     def _address(self) -> Address:
-        person = self._person
+        person = self.person
         return Address(person.key.sandbox, person.bot.id if person.bot is not None else person.state.bot, person.user)
 
     @property
     def _shown(self) -> Window:
         """The window as receipts show it."""
         parts = self._parts
-        return window.visible_window(self._person.state, parts.clock.now_ms(), parts.policy.window)
+        return window.visible_window(self.person.state, parts.clock.now_ms(), parts.policy.window)
 
     def _leave(self, command: QueuedCommand, result: CommandResult | None) -> None:
         """Takes a command from the queue. `result`: of its final receipt; None: it has none.
@@ -743,16 +719,16 @@ class Sender:
         is_first = self.queue[0] is command
         self.queue.remove(command)
         is_refused = result is None or result.outcome == "refused" or bool(result.repeat_of)
-        self._person.state = sending.with_ended(self._person.state, command.ref, is_refused=is_refused)
+        self.person.state = sending.with_ended(self.person.state, command.ref, is_refused=is_refused)
         if is_first:
             self._head = _Head()
 
     def _save(self) -> Awaitable[None]:
-        return self._persist(self._person.save, "record")
+        return self._persist(self.person.save, "record")
 
     def _persist(self, work: Callable[[], Awaitable[T]], name: str) -> Awaitable[T]:
         """Raises LeaseLost, Crashed, RecordTooNew, StaleRead."""
-        return persist(work, self._tenure, self._parts.clock, name, sandbox=self._person.key.sandbox)
+        return persist(work, self._tenure, self._parts.clock, name, sandbox=self.person.key.sandbox)
 
 
 def _crashed(command: QueuedCommand, detail: str) -> CommandResult:

@@ -248,7 +248,7 @@ class Bench:
         opened = InboundReceived(ident, "AARz", written_ms=0)
         person.on_stored(person.position, AnswerState(person.state.bot, (), 1, person.state.cursor, "AARz", opened))
         if binding.options.auto_typing:
-            person.sender.show_typing()
+            person.show_typing()
 
     @property
     def freed(self) -> list[str]:

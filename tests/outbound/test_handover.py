@@ -89,7 +89,8 @@ async def test_what_comes_in_while_the_record_is_read_anew_keeps_window_and_toke
 
     bench.person_bucket.put(KEY, stored.value)  # at another revision
     bench.person_bucket.get = slow  # type: ignore[method-assign, assignment]
-    person.sender.save_soon()
+    person.is_save_due = True
+    shard.senders[0].on_change()
     await asyncio.sleep(5)
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(30)

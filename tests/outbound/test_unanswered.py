@@ -137,13 +137,13 @@ async def test_the_receipt_is_asked_for_right_before_a_repeat(is_taken: bool) ->
         await another_is_sent(bench, shard)
         await asyncio.sleep(3)
         assert posted_at(bench) == [0, 3]
-    (command,) = (each.sender.queue[0] for each in shard if each.user == USER)
+    (command,) = (each.queue[0] for each in shard.senders if each.person.user == USER)
     await bench.receipts.publish(command.ref, CommandResult("accepted"), Address("s1", user=USER), Window(), "")
     posted = len(posted_at(bench))
     await another_is_sent(bench, shard)
     await asyncio.sleep(400)
     assert len(posted_at(bench)) == posted
-    assert not any(each.sender.queue for each in shard)
+    assert not any(each.queue for each in shard.senders)
 
 
 async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is_answered() -> None:
@@ -263,9 +263,9 @@ async def test_a_tenth_of_sends_lost_under_load_holds_nobody_for_long() -> None:
     # the id of a user has a dot, so the users are compared by their beginnings
     waiting = {
         one.delivery.seq
-        for each in shard
-        for one in each.sender.queue
-        if not each.user.startswith(tuple(behind) or " ")
+        for each in shard.senders
+        for one in each.queue
+        if not each.person.user.startswith(tuple(behind) or " ")
     }
     assert waiting == set()
     await asyncio.sleep(120)
