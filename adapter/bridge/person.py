@@ -27,7 +27,7 @@ from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.bridge.window import InboundReceived
 from adapter.contract.records import PersonKey
 from adapter.contract.repeats import KEEP, SIZE, DedupWindow, lines_of
-from adapter.errors import Conflict, StaleRead
+from adapter.errors import Conflict, RecordTooNew, Refused, StaleRead
 
 CURSOR_SAVED_S = 86_400.0
 """Time after which the cursor of a silent person is stored."""
@@ -174,7 +174,11 @@ class Person:
                 revision = await persons.save(self.key, self.user, state, self._saved.revision)
             except Conflict:
                 self.tenure.check()
-                stored, revision, is_over = await persons.reload(self.key)
+                try:
+                    stored, revision, is_over = await persons.reload(self.key)
+                except (RecordTooNew, Refused) as exc:
+                    self.is_open = False  # `open` waits until it can be read
+                    raise StaleRead("stale_read", exc.detail) from exc
                 self.tenure.check()  # the read may be slow, and the record that of a new owner
                 before, self._saved = self._saved, Saved(stored, revision)
                 if is_over:

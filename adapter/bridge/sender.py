@@ -231,15 +231,18 @@ class Sender:
                     await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
                 except Exception as exc:
                     crashes = crashes + 1 if self.queue and self.queue[0] is head else 1
-                    log.exception("person.crashed", sandbox=sandbox, crashes=crashes)
-                    await self._after_crash(exc, crashes)
+                    if not isinstance(exc, Crashed):
+                        log.exception("person.crashed", sandbox=sandbox, crashes=crashes)
+                    elif head is not None and (not head.parked or head.sequence <= self._alone_up_to):
+                        crashes = ATTEMPTS  # it was tried alone, and often enough
+                    await self._after_crash(exc.__cause__ or exc, crashes)
         except LeaseLost:
             log.debug("person.fenced", sandbox=sandbox)
         finally:
             self._task = None
             self._enter(Phase.WAITING)
 
-    async def _after_crash(self, exc: Exception, crashes: int) -> None:
+    async def _after_crash(self, exc: BaseException, crashes: int) -> None:
         """The third crash ends the first command. Commands that were merged are tried one by one before."""
         if self.queue and crashes >= ATTEMPTS:
             await self._end([(self.queue[0], _crashed(self.queue[0], type(exc).__name__))])
@@ -448,6 +451,8 @@ class Sender:
         if self._answers_other(command):
             return OTHER_USER
         result = sending.while_blocked(command, reason, is_head=command is head)
+        if command is not head:
+            return result
         answer, self._head.refusal = self._head.refusal, None
         if answer is None or self._head.refused_in != self.person.state.window.id:  # the user has written since
             return result

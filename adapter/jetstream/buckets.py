@@ -7,7 +7,7 @@ revision through the publisher. Other KV clients can read and write the same dat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -82,10 +82,11 @@ class KvBucket:
             yield self._entry(stored)
 
     def _entry(self, stored: StoredMessage) -> BucketEntry:
-        is_deleted = OPERATION in stored.headers or MARKER in stored.headers
-        return BucketEntry(
-            stored.subject.removeprefix(self.subject("")), None if is_deleted else stored.data, stored.seq
-        )
+        return self.entry_of(stored.subject, stored.headers, stored.data, stored.seq)
+
+    def entry_of(self, subject: str, headers: Mapping[str, str], data: bytes, revision: int) -> BucketEntry:
+        is_deleted = OPERATION in headers or MARKER in headers
+        return BucketEntry(subject.removeprefix(self.subject("")), None if is_deleted else data, revision)
 
     async def update(
         self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
@@ -179,11 +180,10 @@ class _Watcher:
 
     async def on_update(self, msg: Msg) -> None:
         headers = msg.headers or {}
-        key = headers["Nats-Subject"].removeprefix(self._bucket.subject(""))
         revision = int(headers["Nats-Sequence"])
         if revision > self._top:
             self.is_complete, self._top = self.is_complete and revision == self._top + 1, revision
-        self._apply_entry(BucketEntry(key, None if OPERATION in headers else msg.data, revision))
+        self._apply_entry(self._bucket.entry_of(headers["Nats-Subject"], headers, msg.data, revision))
 
     def _apply_entry(self, entry: BucketEntry) -> None:
         if entry.revision > self._revisions.get(entry.key, 0):

@@ -111,6 +111,21 @@ async def test_minus_2_costs_one_attempt() -> None:
     assert bench.bus.receipts()[0].errmsg == THROTTLED.errmsg
 
 
+async def test_ilinks_answer_is_in_the_receipt_of_the_command_that_it_answered_alone() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("first", id="c0"))
+    await asyncio.sleep(1)
+    bench.chat.sends.append(THROTTLED)
+    await user_writes(bench)
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["first"]
+    shard.on_delivery(bench.command("never posted", id="c1"))
+    await asyncio.sleep(10)
+    told = bench.bus.receipts()[-1]
+    assert (told.command, told.outcome, told.reason) == ("c1", "parked", "throttled")
+    assert (told.ret, told.errmsg, told.attempts) == (None, "", 0)
+
+
 async def test_after_the_cool_down_one_probe_goes_out() -> None:
     """What fails then waits a whole cool-down more."""
     bench, shard = await ready()

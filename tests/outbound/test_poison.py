@@ -258,7 +258,7 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
 async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands beyond the room of the replica."""
     bench, shard = await ready(gap_ms=0, bodies=Bodies(100))
-    bugs = Bugs(5)
+    bugs = Bugs(2)
     calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
     for number in range(20):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
@@ -266,6 +266,16 @@ async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.Monk
     assert bugs.left == 0
     assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
     assert len(parked(bench)) == 10
+
+
+async def test_what_crashes_at_each_attempt_is_tried_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, shard = await ready(gap_ms=0, bodies=Bodies(0))
+    bugs = Bugs(ALWAYS)
+    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(60)
+    assert [(one.command, one.outcome) for one in finals(bench)] == [("c1", "dead_lettered")]
+    assert ALWAYS - bugs.left == 3 + 1  # once for the dead letter
 
 
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

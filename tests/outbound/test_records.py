@@ -150,6 +150,24 @@ async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_
     assert successor.chat.sent == []
 
 
+@pytest.mark.parametrize("is_newer", [True, False])
+async def test_what_another_has_written_that_cannot_be_read_here_ends_the_command_in_time(is_newer: bool) -> None:
+    bench, shard = await ready()
+    await bench.person()
+    if is_newer:
+        bench.hears(newer=True)
+    else:
+        Bench(bench, instance="me-2", token_key=(bytes(range(32)),)).hears()
+    before = bench.person_bucket.entries[KEY]
+    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
+    await asyncio.sleep(30)
+    assert outcomes(bench) == []
+    await asyncio.sleep(60)
+    assert outcomes(bench) == [("c1", "uncertain", "")]  # the record may say that its writer has begun it
+    assert bench.chat.sent == []
+    assert bench.person_bucket.entries[KEY] == before
+
+
 async def test_a_delete_marker_that_goes_takes_nothing_from_memory() -> None:
     bench, shard = await ready(is_open=False)
     bench.person_bucket.put(KEY, None)
