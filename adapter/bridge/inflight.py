@@ -24,7 +24,6 @@ from adapter.bridge.record import CommandRef
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.contract.messages import Window
 from adapter.errors import Crashed, Refused, Temporary, Unreadable
-from adapter.tools.tasks import persist
 
 log = structlog.get_logger()
 
@@ -182,6 +181,4 @@ class InFlight:
 
     def _persist(self, work: Callable[[], Awaitable[T]], name: str, command: QueuedCommand) -> Awaitable[T]:
         """Raises LeaseLost, Crashed, StaleRead."""
-        return persist(
-            work, self._tenure, self._parts.clock, name, sandbox=command.sandbox, sequence=command.sequence
-        )
+        return self._tenure.persist(work, name, sandbox=command.sandbox, sequence=command.sequence)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -27,10 +28,12 @@ from adapter.contract.records import Lease
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
 from adapter.ports import BucketEntry, LeaderBucket
 from adapter.tools.metrics import Metrics
-from adapter.tools.tasks import TaskSet
+from adapter.tools.tasks import TaskSet, persist
 from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 HOLDER_FRACTION = 0.8
 """Fraction of the lease after which the holder stops. The rest allows for clocks that differ and answers in
@@ -47,7 +50,7 @@ START_S = 0.3
 
 class Tenure:
     """This replica's right to act for one partition, from its taking until it is given away or lost. Implements
-    kit.persist.Owner. It may pause, while the key cannot be renewed."""
+    tools.tasks.Owner. It may pause, while the key cannot be renewed."""
 
     def __init__(
         self, number: int, left: Sequence[str], clock: Clock, wait_tick: Callable[[], Awaitable[None]]
@@ -92,6 +95,10 @@ class Tenure:
                 return
             await asyncio.sleep(0)
         raise LeaseLost("lease_lost", f"partition {self.number}")
+
+    def persist(self, work: Callable[[], Awaitable[T]], name: str, **fields: Any) -> Awaitable[T]:
+        """The result of work that has to succeed while the tenure lasts: see `tools.tasks.persist`."""
+        return persist(work, self, self._clock, name, **fields)
 
     def renewed(self, until: float, revision: int) -> None:
         """Is valid until then."""

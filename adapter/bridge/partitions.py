@@ -32,7 +32,7 @@ from adapter.bridge.poller import BotPoller, State
 from adapter.bridge.presence import ReplicaStatus
 from adapter.contract.records import Binding
 from adapter.errors import Crashed, LeaseLost, RecordTooNew, Refused
-from adapter.tools.tasks import TaskSet, persist
+from adapter.tools.tasks import TaskSet
 from adapter.tools.timing import ChangeSignal, wait_any
 
 log = structlog.get_logger()
@@ -137,12 +137,12 @@ class Partitions:
 
     async def _begin(self, partition: Partition, consume: Callable[[Partition], Coroutine[Any, Any, None]]) -> None:
         """Begins a partition, and works for it until cancelled, or until it is lost."""
-        tenure, clock = partition.tenure, self._parts.clock
+        tenure = partition.tenure
         told = self._beginning[partition.number] = set()
         try:
-            await persist(self.bindings.catch_up, tenure, clock, "partition.bindings", partition=partition.number)
+            await tenure.persist(self.bindings.catch_up, "partition.bindings", partition=partition.number)
             # what is delivered again may belong to whom a record names
-            await persist(partition.open, tenure, clock, "partition.open", partition=partition.number)
+            await tenure.persist(partition.open, "partition.open", partition=partition.number)
         except LeaseLost:
             return
         for person in partition:
@@ -279,7 +279,7 @@ class Partitions:
                 await person.read_newest()
 
         with contextlib.suppress(LeaseLost, Crashed, RecordTooNew):
-            await persist(read_newest, partition.tenure, self._parts.clock, "look", bot=binding.bot)
+            await partition.tenure.persist(read_newest, "look", bot=binding.bot)
 
     def _still_open(self, number: int) -> Told:
         """Whom this replica still polls, and for whom it sends, in a partition that it has given away."""

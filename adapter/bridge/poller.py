@@ -33,7 +33,6 @@ from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Tem
 from adapter.ports import HOLD_MS, Polled
 from adapter.tools.decoding import log_once
 from adapter.tools.seal import cursor_context
-from adapter.tools.tasks import persist
 from adapter.tools.timing import ChangeSignal, backoff, shield_with_grace, wait_any
 
 log = structlog.get_logger()
@@ -585,7 +584,7 @@ class BotPoller:
         else:
             self._end_refusal()
             tell = partial(parts.events.publish_binding_event, binding.event("recovered"))
-        await persist(tell, person.tenure, parts.clock, "binding", bot=self.bot)
+        await person.tenure.persist(tell, "binding", bot=self.bot)
         log.info("session.recovered", bot=self.bot)
 
     def _end_refusal(self) -> None:

@@ -19,9 +19,18 @@ from adapter.bridge.record import CommandRef
 from adapter.bridge.sending import CONTROL, CommandResult, QueuedCommand
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
-from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
+from adapter.contract.names import (
+    H_COMMAND,
+    H_EXPECTED,
+    H_MSG_ID,
+    H_SCHEMA,
+    H_TRACEPARENT,
+    UNROUTED,
+    Names,
+    command_traceparent,
+)
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, StaleRead, Temporary
-from adapter.ports import History, StoredMessage
+from adapter.ports import BusMessage, History, StoredMessage
 from adapter.tools.concurrency import Batches
 from adapter.tools.events import Events
 from adapter.tools.metrics import Metrics
@@ -94,17 +103,8 @@ class Receipts:
                 raise
             except Exception:  # whatever makes the code raise, a command is not left without its receipt
                 log.exception("dead_letter.crashed", sandbox=address.sandbox, sequence=command.sequence)
-        command.receipt = await self.publish(
-            ref,
-            result,
-            address,
-            shown,
-            trace,
-            reply_to=command.reply_to,
-            expected=command.receipt,
-            ensure_owner=ensure_owner,
-            verb=command.verb,
-        )
+        receipt = _receipt(command, result, address, shown, self._clock.now_ms())
+        await self._store(command, receipt, trace, ensure_owner)
         if result.outcome == "parked":
             return
         outcome = "duplicate" if result.repeat_of else result.outcome
@@ -139,43 +139,83 @@ class Receipts:
                 user=address.user,
             )
 
-    async def publish(
-        self,
-        ref: CommandRef,
-        result: CommandResult,
-        address: Address,
-        shown: contract.Window,
-        traceparent: str,
-        *,
-        reply_to: str = "",
-        expected: int = 0,
-        ensure_owner: Callable[[], None] | None = None,
-        verb: str = "receipt",
-    ) -> int:
-        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that the
-        command answers; `verb`: as in `Names.receipt`.
-
-        `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in BusMessage. Raises Temporary,
-        StaleRead (see `tell`), and what `ensure_owner` raises.
-        """
-        receipt = _receipt(ref, result, address, shown, reply_to, self._clock.now_ms())
-        subject = self._subject(address.sandbox, ref, verb)
+    async def _store(
+        self, command: QueuedCommand, receipt: Receipt, trace: str, ensure_owner: Callable[[], None] | None
+    ) -> None:
+        """Stores a receipt behind the one that is known, or behind a newer one that is not final. Raises as
+        `tell`."""
+        subject = self._subject(receipt.sandbox, command.ref, command.verb)
         while True:
             try:
-                sequence = await self._events.publish_receipt(
-                    receipt, subject, traceparent=traceparent, expected=expected, ensure_owner=ensure_owner
-                )
-                if random.random() * PURGE_EVERY < 1:
-                    await self._purge(address.sandbox)
-                return sequence
+                command.receipt = await self._publish(receipt, subject, trace, command.receipt, ensure_owner)
             except Conflict:
                 last = await self._history.read_last(self._names.stream_event, subject)
+            else:
+                if random.random() * PURGE_EVERY < 1:
+                    await self._purge(receipt.sandbox)
+                return
+            command.receipt = last.seq if last else 0
             stored = _read(last)
-            if last and stored and _is_of(stored, ref) and (is_final(stored) or not is_final(receipt)):
+            if stored and _is_of(stored, command.ref) and (is_final(stored) or not is_final(receipt)):
                 if is_final(stored) and not is_final(receipt):
                     raise StaleRead("stale_read", "the command has its final receipt")
-                return last.seq
-            expected = last.seq if last else 0
+                return
+
+    async def _publish(
+        self, receipt: Receipt, subject: str, trace: str, expected: int, ensure_owner: Callable[[], None] | None
+    ) -> int:
+        """Returns the receipt's sequence. One that the stream refuses is shortened; then it is a dead letter, and
+        has none (0).
+
+        `expected`: sequence of the subject's last receipt; 0: none. Raises Conflict; Temporary if nothing of it can
+        be stored; what `ensure_owner` raises.
+        """
+        # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
+        ident = f"{subject}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
+        headers = {
+            H_MSG_ID: ident,
+            H_SCHEMA: contract.SCHEMA_VERSION,
+            H_EXPECTED: str(expected),
+            H_TRACEPARENT: trace,
+        }
+        whole = payload = msgspec.json.encode(receipt)
+        try:
+            sequence = await self._events.store(BusMessage("event", subject, payload, headers, ensure_owner))
+        except Conflict:
+            raise
+        except BusRefused as exc:
+            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
+            # without what iLink and the adapter say in words
+            payload = msgspec.json.encode(msgspec.structs.replace(receipt, detail="", errmsg=""))
+            try:
+                sequence = await self._events.store(BusMessage("event", subject, payload, headers, ensure_owner))
+            except Conflict:
+                raise
+            except BusRefused as refusal:
+                is_kept = await self._events.publish_dead_letter(
+                    "EVENT",
+                    whole,
+                    subject=subject,
+                    headers={H_COMMAND: receipt.command, H_TRACEPARENT: trace},
+                    reason="receipt_refused",
+                    detail=refusal.detail,
+                    msg_id=f"dead:{ident}",
+                    sandbox=receipt.sandbox,
+                )
+                if not is_kept:
+                    raise Temporary("receipt_refused", refusal.detail) from refusal
+                return 0
+        self._metrics.receipts.labels(receipt.outcome).inc()
+        log.info(
+            "receipt.stored",
+            sandbox=receipt.sandbox,
+            command=receipt.command,
+            outcome=receipt.outcome,
+            reason=receipt.reason,
+            sequence=sequence,
+            reply_to=receipt.reply_to,
+        )
+        return sequence
 
     async def _purge(self, sandbox: str) -> None:
         """Purges receipts beyond the limit, by chance: counters would need memory for every sandbox ever."""
@@ -222,20 +262,20 @@ def result_of(receipt: Receipt) -> CommandResult:
 
 
 def _receipt(
-    ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window, reply_to: str, now_ms: int
+    command: QueuedCommand, result: CommandResult, address: Address, shown: contract.Window, now_ms: int
 ) -> Receipt:
     told = msgspec.structs.asdict(result)  # its fields have the same names in a receipt
     told["detail"] = result.detail or _ADVICE.get(result.reason, "")
     told["message_ids"], told["bots"] = list(result.message_ids), list(result.bots)
     return Receipt(
-        command=ref.id,
-        sequence=ref.sequence,
+        command=command.ref.id,
+        sequence=command.ref.sequence,
         sandbox=address.sandbox,
         bot=address.bot,
         user=address.user,
         window=shown,
-        reply_to=reply_to,
-        received_at_ms=ref.stored_ms,
+        reply_to=command.reply_to,
+        received_at_ms=command.ref.stored_ms,
         at_ms=now_ms,
         **told,
     )

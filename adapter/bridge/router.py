@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import islice
 from typing import TypeAlias, TypeVar
@@ -33,7 +32,7 @@ from adapter.contract import messages as contract
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, UNROUTED, forwardable_headers
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
 from adapter.ports import BusMessage, Delivery
-from adapter.tools.tasks import TaskSet, persist
+from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
 
@@ -112,7 +111,8 @@ class Router:
     async def _route(self, command: QueuedCommand, result: CommandResult | None) -> CommandResult | None:
         """Copies a command, or returns how it ends."""
         try:
-            return result or await self._persist(partial(self._copy, command), command.sandbox)
+            copy = partial(self._copy, command)
+            return result or await self._tenure.persist(copy, "routing", sandbox=command.sandbox)
         except Crashed as exc:
             return CommandResult("dead_lettered", exc.reason, exc.detail)
 
@@ -147,13 +147,9 @@ class Router:
         """Ends a command. If that raises in every attempt, the command stays unsettled and is redelivered."""
         tell = partial(self._parts.receipts.tell, command, result, Address(command.sandbox), self._tenure.check)
         try:
-            await self._persist(tell, command.sandbox)
+            await self._tenure.persist(tell, "routing", sandbox=command.sandbox)
         except Crashed:
             log.error("command.abandoned", sandbox=command.sandbox)
             return
         self._parts.metrics.outbound_received.inc()  # a copy is counted on its arrival
         await command.delivery.ack()
-
-    def _persist(self, work: Callable[[], Awaitable[T]], sandbox: str) -> Awaitable[T]:
-        """Raises LeaseLost, Crashed."""
-        return persist(work, self._tenure, self._parts.clock, "routing", sandbox=sandbox)

@@ -48,7 +48,7 @@ from adapter.contract.names import (
 from adapter.contract.records import Binding, PersonKey
 from adapter.errors import UNDECODABLE, AdapterError, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.tools.seal import bind_context, cursor_context
-from adapter.tools.tasks import TaskSet, persist
+from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
 
@@ -498,8 +498,7 @@ class Sandbox:
 
     def _persist(self, work: Callable[[], Awaitable[T]], control: QueuedCommand) -> Awaitable[T]:
         """Raises LeaseLost, Crashed."""
-        clock, name, sequence = self._parts.clock, control.kind, control.sequence
-        return persist(work, self._tenure, clock, name, sandbox=self.name, sequence=sequence)
+        return self._tenure.persist(work, control.kind, sandbox=self.name, sequence=control.sequence)
 
 
 def read_control(command: QueuedCommand) -> CommandResult | None:

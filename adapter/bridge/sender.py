@@ -14,8 +14,8 @@ import asyncio
 import bisect
 import enum
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Sequence
+from functools import partial
 
 import msgspec
 import structlog
@@ -45,12 +45,10 @@ from adapter.errors import (
     Uncertain,
 )
 from adapter.ports import Accepted, Content
-from adapter.tools.tasks import ATTEMPTS, persist
+from adapter.tools.tasks import ATTEMPTS
 from adapter.tools.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 MAX_TOGETHER = 16
 """Most commands that are parked or ended together, so that an inbound message waits for no more than these."""
@@ -627,7 +625,8 @@ class Sender:
         person, sessions = self.person, self._parts.sessions
         refusal = sending.refusal(answer, person.state.head)
         self._enter(Phase.WAITING)
-        if not await self._persist(lambda: sessions.is_alive(bot.id, lambda: person.bot is None), "session"):
+        work = partial(sessions.is_alive, bot.id, lambda: person.bot is None)
+        if not await self._tenure.persist(work, "session", sandbox=person.key.sandbox):
             if person.bot is not None and person.bot.id == bot.id:
                 person.bot = msgspec.structs.replace(person.bot, is_usable=False)
             self._head.refusal = msgspec.structs.replace(refusal, reason="needs_login")
@@ -729,11 +728,8 @@ class Sender:
             self._head = _Head()
 
     def _save(self) -> Awaitable[None]:
-        return self._persist(self.person.save, "record")
-
-    def _persist(self, work: Callable[[], Awaitable[T]], name: str) -> Awaitable[T]:
-        """Raises LeaseLost, Crashed, RecordTooNew, StaleRead."""
-        return persist(work, self._tenure, self._parts.clock, name, sandbox=self.person.key.sandbox)
+        """Raises LeaseLost, Crashed, StaleRead."""
+        return self._tenure.persist(self.person.save, "record", sandbox=self.person.key.sandbox)
 
 
 def _crashed(command: QueuedCommand, detail: str) -> CommandResult:

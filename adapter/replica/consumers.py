@@ -14,7 +14,6 @@ from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.ports import Delivery
 from adapter.replica.wiring import Replica
-from adapter.tools.tasks import persist
 
 log = structlog.get_logger()
 
@@ -29,7 +28,7 @@ async def consume(replica: Replica, partition: Partition) -> None:
         while True:
             began = replica.clock.monotonic()
             try:
-                await persist(work, partition.tenure, replica.clock, name)
+                await partition.tenure.persist(work, name)
             except LeaseLost:
                 log.debug("consumer.ended", consumer=name)
                 return

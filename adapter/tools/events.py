@@ -1,4 +1,4 @@
-"""Publishes events, including receipts, and dead letters. Each method returns when the stream has stored the
+"""Publishes events and dead letters. Each method returns when the stream has stored the
 message."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from adapter.contract.names import (
     H_BODY,
     H_COMMAND,
     H_DETAIL,
-    H_EXPECTED,
     H_MSG_ID,
     H_REASON,
     H_REPLY_TO,
@@ -30,8 +29,8 @@ from adapter.contract.names import (
     derive_traceparent,
     forwardable_headers,
 )
-from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.ports import Bus, BusMessage, PubAck
+from adapter.errors import BusRefused
+from adapter.ports import Bus, BusMessage
 from adapter.tools.metrics import Metrics
 from adapter.tools.timing import Clock, backoff
 
@@ -71,73 +70,6 @@ class Events:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
         await self._publish_event("login", event, f"login:{event.login}:{step}")
 
-    async def publish_receipt(
-        self,
-        receipt: contract.Receipt,
-        subject: str,
-        *,
-        traceparent: str,
-        expected: int,
-        ensure_owner: Callable[[], None] | None = None,
-    ) -> int:
-        """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
-
-        `expected`: sequence of the subject's last receipt; 0: none. A receipt that the stream refuses is shortened,
-        then it becomes a dead letter (0). `ensure_owner`: as in BusMessage. Raises Conflict; Temporary if nothing
-        of it can be stored; what `ensure_owner` raises.
-        """
-        # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
-        ident = f"{subject}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
-        kept = {
-            H_MSG_ID: ident,
-            H_SCHEMA: contract.SCHEMA_VERSION,
-            H_EXPECTED: str(expected),
-            H_TRACEPARENT: traceparent,
-        }
-        message = BusMessage("event", subject, msgspec.json.encode(receipt), kept, ensure_owner)
-        try:
-            ack = await self._publish_until_stored(message)
-        except Conflict:
-            raise
-        except BusRefused as exc:
-            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
-            if (shortened := await self._publish_shortened(message, receipt)) is None:
-                return 0
-            ack = shortened
-        self._metrics.receipts.labels(receipt.outcome).inc()
-        log.info(
-            "receipt.stored",
-            sandbox=receipt.sandbox,
-            command=receipt.command,
-            outcome=receipt.outcome,
-            reason=receipt.reason,
-            sequence=ack.seq,
-            reply_to=receipt.reply_to,
-        )
-        return ack.seq
-
-    async def _publish_shortened(self, message: BusMessage, receipt: contract.Receipt) -> PubAck | None:
-        """Publishes a receipt without what iLink and the adapter say in words. None: it became a dead letter."""
-        short = msgspec.json.encode(msgspec.structs.replace(receipt, detail="", errmsg=""))
-        try:
-            return await self._publish_until_stored(msgspec.structs.replace(message, payload=short))
-        except Conflict:
-            raise
-        except BusRefused as exc:
-            is_kept = await self.publish_dead_letter(
-                "EVENT",
-                message.payload,
-                subject=message.subject,
-                headers={H_COMMAND: receipt.command, H_TRACEPARENT: message.headers[H_TRACEPARENT]},
-                reason="receipt_refused",
-                detail=exc.detail,
-                msg_id=f"dead:{message.headers[H_MSG_ID]}",
-                sandbox=receipt.sandbox,
-            )
-            if not is_kept:
-                raise Temporary("receipt_refused", exc.detail) from exc
-            return None
-
     async def _publish_event(
         self,
         kind: str,
@@ -154,19 +86,17 @@ class Events:
         }
         subject, payload = self._names.event(event.sandbox, kind), msgspec.json.encode(event)
         try:
-            await self._publish_until_stored(
-                BusMessage("event", subject, payload, headers, ensure_owner=ensure_owner)
-            )
+            await self.store(BusMessage("event", subject, payload, headers, ensure_owner=ensure_owner))
         except BusRefused as exc:
             log.error("event.refused", sandbox=event.sandbox, kind=kind, detail=exc.detail)
 
-    async def _publish_until_stored(self, message: BusMessage) -> PubAck:
-        """Retries while the stream is full, which only an operator's own limits can cause, since a command must not
-        end without its receipt. Raises BusRefused."""
+    async def store(self, message: BusMessage) -> int:
+        """Stores a message, and returns its sequence. Retries while the stream is full, which only an operator's own
+        limits can cause, since a command must not end without its receipt. Raises BusRefused, Temporary."""
         failures = 0
         while True:
             try:
-                return await self._bus.store(message)
+                return (await self._bus.store(message)).seq
             except BusRefused as exc:
                 if not exc.is_full:
                     raise

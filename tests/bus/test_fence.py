@@ -14,15 +14,14 @@ import pytest
 from nats.aio.msg import Msg
 
 from adapter.bridge.entries import Entry, Secrets, StoredEntry, encode_entry, messages_of, read_entry
-from adapter.bridge.inflight import NO_WINDOW
 from adapter.bridge.person import Person
 from adapter.bridge.persons import Persons, StoredPerson, seal_state
 from adapter.bridge.receipts import Address, Receipts
 from adapter.bridge.receive import Receiver
 from adapter.bridge.record import CommandRef, PersonState
-from adapter.bridge.sending import CommandResult
+from adapter.bridge.sending import CommandResult, unread
 from adapter.contract.messages import Inbound
-from adapter.contract.names import H_EXPECTED, H_POSITION, H_REASON, command_traceparent, person_token
+from adapter.contract.names import H_EXPECTED, H_POSITION, H_REASON, person_token
 from adapter.contract.records import PersonKey
 from adapter.errors import Conflict
 from adapter.jetstream import topology
@@ -39,7 +38,7 @@ from tests.e2e.cluster import NatsCluster
 from tests.e2e.lossy import Loss, Lossy
 from tests.e2e.memory import in_memory
 from tests.e2e.waiting import eventually, until
-from tests.fakes import Bench, batch
+from tests.fakes import Bench, FakeDelivery, batch
 from tests.inbound.pollers import BOT, USER, raw
 
 SINCE = 7
@@ -667,10 +666,9 @@ async def test_receipts_are_found_though_a_server_lags(
     events, history = Events(place.far.publisher, NAMES, clock, metrics), place.far.history
     refs = [CommandRef(sequence=number, stored_ms=5, id=f"c{number}") for number in range(1, 21)]
     for ref in refs:
-        trace = command_traceparent("", "s1", ref.sequence, ref.stored_ms, "")
-        await Receipts(events, history, NAMES, clock, metrics).publish(
-            ref, CommandResult("accepted"), Address("s1"), NO_WINDOW, trace
-        )
+        command = unread(FakeDelivery("wechat.out.s1", b"", seq=ref.sequence, time_ms=5), ref, "s1")
+        told = Receipts(events, history, NAMES, clock, metrics)
+        await told.tell(command, CommandResult("accepted"), Address("s1"), lambda: None)
     first, _ = await history.first_and_last(NAMES.stream_event)
     lag = Lag(NAMES.stream_event, None if lags == "empty" else first + 9)
     monkeypatch.setattr("adapter.jetstream.history.direct_get", lag.direct_get)

@@ -10,12 +10,12 @@ import pytest
 from adapter.bridge import receipts
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import CommandRef
-from adapter.bridge.sending import CommandResult
-from adapter.contract.messages import Receipt, Window
+from adapter.bridge.sending import CommandResult, unread
+from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
 from adapter.errors import BusRefused, StaleRead, Temporary
 from adapter.ports import BusMessage
-from tests.fakes import Bench
+from tests.fakes import Bench, FakeDelivery
 from tests.outbound.shards import ready
 
 VIRTUAL_TIME = True
@@ -29,7 +29,17 @@ def ref(number: int, ident: str = "") -> CommandRef:
 
 async def store(bench: Bench, which: CommandRef, outcome: str = "accepted", *, expected: int = 0) -> int:
     result = CommandResult(outcome)  # type: ignore[arg-type]
-    return await bench.receipts.publish(which, result, TO, Window(), "", expected=expected)
+    return await told(bench, which, result, expected=expected)
+
+
+async def told(bench: Bench, which: CommandRef, result: CommandResult, to: Address = TO, *, expected: int = 0) -> int:
+    """Tells a receipt of a command. `expected`: the sequence of the one before it, as far as is known."""
+    command = unread(
+        FakeDelivery("wechat.out.s1", b"", seq=which.sequence, time_ms=which.stored_ms), which, to.sandbox
+    )
+    command.receipt = expected
+    await bench.receipts.tell(command, result, to, lambda: None)
+    return command.receipt
 
 
 def stored(bench: Bench) -> list[tuple[int, str]]:
@@ -146,7 +156,7 @@ def refusing(bench: Bench, *streams: str, above: int = 0) -> None:
 async def test_a_receipt_that_is_too_large_loses_its_words(bench: Bench) -> None:
     refusing(bench, "event", above=800)
     result = CommandResult("refused", "rejected", "why " * 100, ("m1",), 1, -9, None, "words " * 100)
-    await bench.receipts.publish(ref(1), result, TO, Window(), "")
+    await told(bench, ref(1), result)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.ret, receipt.message_ids) == ("refused", "rejected", -9, ["m1"])
     assert (receipt.detail, receipt.errmsg) == ("", "")
@@ -196,7 +206,7 @@ async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: py
     monkeypatch.setattr(receipts, "RECEIPTS_KEPT", 5)
     monkeypatch.setattr(receipts, "PURGE_EVERY", 1)
     bench = Bench()
-    await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), "")
+    await told(bench, ref(99), CommandResult("accepted"), Address("s2"))
     for number in range(9):
         await store(bench, ref(number))
     assert [sequence for sequence, _ in stored(bench)] == [99, *range(4, 9)]

@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import random
 from collections import deque
+from copy import copy
 
 import pytest
 
 from adapter.bridge.partition import Partition
 from adapter.bridge.receipts import Address
 from adapter.bridge.sending import CommandResult
-from adapter.contract.messages import Window
 from adapter.errors import AdapterError, Temporary, Uncertain
 from tests.fakes import Bench
 from tests.fakes.ilink import BASE_URL, Sent
@@ -138,7 +138,8 @@ async def test_the_receipt_is_asked_for_right_before_a_repeat(is_taken: bool) ->
         await asyncio.sleep(3)
         assert posted_at(bench) == [0, 3]
     (command,) = (each.queue[0] for each in shard.senders if each.person.user == USER)
-    await bench.receipts.publish(command.ref, CommandResult("accepted"), Address("s1", user=USER), Window(), "")
+    accepted, to = CommandResult("accepted"), Address("s1", user=USER)
+    await bench.receipts.tell(copy(command), accepted, to, lambda: None)
     posted = len(posted_at(bench))
     await another_is_sent(bench, shard)
     await asyncio.sleep(400)
