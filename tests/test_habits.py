@@ -40,10 +40,10 @@ PRIVATE = {
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _INBOX _LETTER _LOGIN"
     " _SECRET_NAME _UNPRINTABLE_IN_JSON _describe_error _publish_command",
     # what ends with a process that is killed
-    "inbound/sharing.py": "_consuming _leaving _polling _tasks",
+    "inbound/sharing.py": "_leaving _owned _polling _tasks",
     # in place of the network, the bucket's watcher or the consumer
     # and what ends with a process that is killed
-    "fakes/bench.py": "_apply_entry _capacity _consuming _leaving _on_failed _parts _polling _tasks",
+    "fakes/bench.py": "_apply_entry _capacity _leaving _on_failed _owned _parts _polling _tasks",
     "fakes/bus.py": "_answers _heard",  # of the others of its world
     "test_schedules_inbound.py": "_apply_entry",
     "ilink/test_client.py": "_pool",

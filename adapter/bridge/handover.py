@@ -41,7 +41,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     partition: int
 
 
-class Told(msgspec.Struct, kw_only=True):
+class StillOpen(msgspec.Struct, kw_only=True):
     """The answer."""
 
     bots: set[str]
@@ -68,26 +68,26 @@ class Handover:
         self.changed = ChangeSignal()
         self._tenure = tenure
         self._parts = parts
-        self._told: dict[str, Told | None] = dict.fromkeys(tenure.left)
+        self._still_open: dict[str, StillOpen | None] = dict.fromkeys(tenure.left)
         """By replica of the list; None: it has not answered yet."""
 
     def may_poll(self, bot: str) -> bool:
         """Whether no former owner can have a poll of a bot."""
-        return all(told is not None and bot not in told.bots for told in self._told.values())
+        return all(told is not None and bot not in told.bots for told in self._still_open.values())
 
     def may_send(self, person: str) -> bool:
         """Whether no former owner can have a request to a person. `person`: with the sandbox."""
-        return all(told is not None and person not in told.persons for told in self._told.values())
+        return all(told is not None and person not in told.persons for told in self._still_open.values())
 
     async def run(self) -> None:
         """Asks until the list is empty."""
         clock, presence = self._parts.clock, self._parts.presence
         began = asked_at = clock.monotonic()
         await self._ask_all()
-        while self._told and not self._tenure.is_over:
-            await self.changed.wait_until(lambda: not self._told, 0.5)
+        while self._still_open and not self._tenure.is_over:
+            await self.changed.wait_until(lambda: not self._still_open, 0.5)
             now = clock.monotonic()
-            for replica in list(self._told):
+            for replica in list(self._still_open):
                 if presence.silent_s(replica, began) > SILENT_S or now - began > LONGEST_S:
                     self._forget(replica)
             if now - asked_at >= ASK_EVERY_S:
@@ -95,41 +95,41 @@ class Handover:
                 await self._ask_all()
 
     async def _ask_all(self) -> None:
-        await asyncio.gather(*(self._ask(replica) for replica in list(self._told)))
+        await asyncio.gather(*(self._ask(replica) for replica in list(self._still_open)))
 
     async def _ask(self, replica: str) -> None:
         payload = msgspec.json.encode(Asked(partition=self._tenure.number))
         try:
             subject = self._parts.names.polls_of(replica)
             answer = await self._parts.core.ask(subject, payload, within_s=ANSWER_S)
-            told = msgspec.json.decode(answer, type=Told) if answer else None
+            told = msgspec.json.decode(answer, type=StillOpen) if answer else None
         except (Temporary, *UNDECODABLE):
             return  # it is asked again
-        if told is None or replica not in self._told:
+        if told is None or replica not in self._still_open:
             return
-        self._told[replica] = told
+        self._still_open[replica] = told
         self._look(replica, told)
 
     def on_polled(self, polled: PollEnded) -> None:
         """A poll or send of a replica on the list has ended."""
-        if (told := self._told.get(polled.replica)) is not None:
+        if (told := self._still_open.get(polled.replica)) is not None:
             told.bots.discard(polled.bot)
             told.persons.discard(polled.person)
             self._look(polled.replica, told)
 
-    def _look(self, replica: str, told: Told) -> None:
+    def _look(self, replica: str, told: StillOpen) -> None:
         if not told.bots and not told.persons:
             self._forget(replica)
         self.changed.notify_all()
 
     def _forget(self, replica: str) -> None:
-        self._told.pop(replica, None)
+        self._still_open.pop(replica, None)
         self._tenure.left = tuple(name for name in self._tenure.left if name != replica)
         self.changed.notify_all()
 
 
 def answer(
-    data: bytes, still_open: Callable[[int], Told], status: Callable[[Sequence[str]], ReplicaStatus]
+    data: bytes, still_open: Callable[[int], StillOpen], status: Callable[[Sequence[str]], ReplicaStatus]
 ) -> bytes | None:
     """A replica's answer on `wechat.adapter.polls.<replica>`; None: the request does not decode strictly."""
     try:

@@ -63,6 +63,8 @@ class Tenure:
         self.until = 0.0
         """Monotonic time at which it pauses unless it is renewed."""
         self.is_over = False
+        self.is_given = False
+        """It is being given away: nothing is begun any more."""
         self.is_paused = False
         """As it was announced last."""
         self.changed = ChangeSignal()

@@ -20,10 +20,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
 
 from adapter.bridge.bindings import Bindings
-from adapter.bridge.handover import DEAF_S, Told, answer, read_polled
+from adapter.bridge.handover import DEAF_S, StillOpen, answer, read_polled
 from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.partition import Partition
 from adapter.bridge.parts import Parts
@@ -43,6 +44,18 @@ LOOK_S = 0.1
 """Interval between two looks at the polls that are left in a partition that was given away."""
 RESTART_S = 0.2
 """Pause before a poller that ended although it should run is started again."""
+
+
+class _Owned(msgspec.Struct, eq=False):
+    """What runs for a partition from its taking until it is given away or lost."""
+
+    tenure: Tenure
+    work: asyncio.Task[None]
+    """Its consumers, or their start."""
+    is_paused: bool = False
+    """As it was when the tenures were followed last."""
+    told: set[str] = msgspec.field(default_factory=set)
+    """Bots of which former owners told while it began here."""
 
 
 class Partitions:
@@ -68,17 +81,10 @@ class Partitions:
         self._parts = parts
         self._capacity = capacity
         self._on_failed = on_failed
-        self._tenures: dict[int, Tenure] = {}
-        """Those that were followed, by partition."""
-        self._giving: set[int] = set()
-        """Partitions that are being given away, and are not released yet."""
-        self._paused: set[int] = set()
-        self._leaving: dict[int, list[Partition]] = {}
+        self._owned: dict[int, _Owned] = {}
+        """By partition."""
+        self._leaving: list[Partition] = []
         """Partitions that were given away while requests were out."""
-        self._beginning: dict[int, set[str]] = {}
-        """Bots of which former owners told while their partition began here."""
-        self._consuming: dict[int, asyncio.Task[None]] = {}
-        """The consumers of each partition, or their start."""
         self._polling: dict[asyncio.Task[None], BotPoller] = {}
         self._crowded: set[str] = set()
         """Bots without room here, which are tried again when a poller ends."""
@@ -111,47 +117,49 @@ class Partitions:
 
     def _is_lease_changed(self) -> bool:
         """Whether `_follow_tenures` has something to do."""
-        return self._ours() != self._tenures or self._paused != self._pausing()
+        followed = {number: each.tenure for number, each in self._owned.items()}
+        is_changed = any(each.is_paused != each.tenure.is_paused for each in self._owned.values())
+        return is_changed or followed != self._tenures()
 
-    def _ours(self) -> dict[int, Tenure]:
-        return {number: each for number, each in self.leases.owned.items() if number not in self._giving}
-
-    def _pausing(self) -> set[int]:
-        return {number for number, tenure in self._tenures.items() if tenure.is_paused}
+    def _tenures(self) -> dict[int, Tenure]:
+        return {number: tenure for number, tenure in self.leases.owned.items() if not tenure.is_given}
 
     def _follow_tenures(self, consume: Callable[[Partition], Coroutine[Any, Any, None]]) -> None:
-        loop, owned = asyncio.get_running_loop(), self._ours()
-        for number, tenure in [*self._tenures.items()]:
-            if owned.get(number) is not tenure:
+        loop, tenures = asyncio.get_running_loop(), self._tenures()
+        for number, owned in [*self._owned.items()]:
+            if tenures.get(number) is not owned.tenure:
                 self._drop(number)
-        for number, tenure in owned.items():
-            if number not in self._tenures:
-                self._tenures[number] = tenure
+        for number, tenure in tenures.items():
+            if number not in self._owned:
                 begin = self._begin(Partition(tenure, self._parts), consume)
-                self._consuming[number] = beginning = loop.create_task(begin, name=f"partition.{number}")
-                beginning.add_done_callback(self._report_failed)
-        paused = self._pausing()
-        for poller in self._pollers_of(paused - self._paused):
+                work = loop.create_task(begin, name=f"partition.{number}")
+                work.add_done_callback(self._report_failed)
+                self._owned[number] = _Owned(tenure, work)
+        paused = set()
+        for number, owned in self._owned.items():
+            if owned.tenure.is_paused and not owned.is_paused:
+                paused.add(number)
+            owned.is_paused = owned.tenure.is_paused
+        for poller in self._pollers_of(paused):
             poller.cancel_poll(for_lease=True)  # stop before another replica may start
-        self._paused = paused
 
     async def _begin(self, partition: Partition, consume: Callable[[Partition], Coroutine[Any, Any, None]]) -> None:
         """Begins a partition, and works for it until cancelled, or until it is lost."""
-        tenure = partition.tenure
-        told = self._beginning[partition.number] = set()
+        tenure, number = partition.tenure, partition.number
+        told = self._owned[number].told
         try:
-            await tenure.persist(self.bindings.catch_up, "partition.bindings", partition=partition.number)
+            await tenure.persist(self.bindings.catch_up, "partition.bindings", partition=number)
             # what is delivered again may belong to whom a record names
-            await tenure.persist(partition.open, "partition.open", partition=partition.number)
+            await tenure.persist(partition.open, "partition.open", partition=number)
         except LeaseLost:
             return
         for person in partition:
             person.check_binding()  # it may have changed while they were read
-        self.working[partition.number] = partition
+        self.working[number] = partition
         for bot in told:  # there may be an entry behind those that were read
-            if (binding := self.bindings.get(bot)) is not None and self._number(binding) == partition.number:
+            if (binding := self.bindings.get(bot)) is not None and self._number(binding) == number:
                 await self._read_newest(binding, partition)
-        self._follow_soon(*(binding.bot for binding in self.bindings.of_partition(partition.number)))
+        self._follow_soon(*(binding.bot for binding in self.bindings.of_partition(number)))
         async with asyncio.TaskGroup() as group:
             group.create_task(partition.handover.run(), name="handover")
             group.create_task(consume(partition), name="consume")
@@ -232,10 +240,8 @@ class Partitions:
 
     def _take_away(self, number: int) -> Partition | None:
         """Stops the consumers of a partition, which nothing reaches any more."""
-        self._tenures.pop(number, None)
-        self._paused.discard(number)
-        if consuming := self._consuming.pop(number, None):
-            consuming.cancel()
+        if (owned := self._owned.pop(number, None)) is not None:
+            owned.work.cancel()
         return self.working.pop(number, None)
 
     def _drop(self, number: int) -> None:
@@ -262,7 +268,8 @@ class Partitions:
         if (polled := read_polled(data)) is None:
             return
         if (partition := self.working.get(polled.partition)) is None:
-            self._beginning.get(polled.partition, set()).add(polled.bot)
+            if (owned := self._owned.get(polled.partition)) is not None:
+                owned.told.add(polled.bot)
             return
         partition.handover.on_polled(polled)
         binding = self.bindings.get(polled.bot) if polled.bot else None
@@ -281,35 +288,35 @@ class Partitions:
         with contextlib.suppress(LeaseLost, Crashed, RecordTooNew):
             await partition.tenure.persist(read_newest, "look", bot=binding.bot)
 
-    def _still_open(self, number: int) -> Told:
+    def _still_open(self, number: int) -> StillOpen:
         """Whom this replica still polls, and for whom it sends, in a partition that it has given away."""
         bots = {poller.bot for poller in self._pollers_of({number}) if poller.is_out and poller.is_given_away}
-        persons = {sender.person.key.key for left in self._leaving.get(number, []) for sender in left.sending}
-        return Told(bots=bots, persons=persons)
+        leaving = [partition for partition in self._leaving if partition.number == number]
+        persons = {sender.person.key.key for partition in leaving for sender in partition.sending}
+        return StillOpen(bots=bots, persons=persons)
 
     # giving away ------------------------------------------------------------------------------------
 
     async def give(self, number: int) -> None:
         """Gives a partition away at once; what is out goes on."""
-        if number in self._giving or (tenure := self.leases.owned.get(number)) is None:
+        if (tenure := self.leases.owned.get(number)) is None or tenure.is_given:
             return
-        self._giving.add(number)
-        consuming = self._consuming.get(number)
+        tenure.is_given = True
+        owned = self._owned.get(number)
         partition, pollers = self._take_away(number), self._pollers_of({number})
         for poller in pollers:
             poller.stop(immediately=self._parts.chat.is_connecting(poller.bot))  # no answer to it can be missed
         released = asyncio.Event()
         watching = self._tasks.spawn(self._watch_polls(pollers, tenure, released))
         if partition is not None:
-            self._leaving.setdefault(number, []).append(partition)
+            self._leaving.append(partition)
             await partition.leave()
-        if consuming is not None:  # a pull that is left would take what is delivered to the next owner
-            await asyncio.wait([consuming], timeout=CUT_S)
+        if owned is not None:  # a pull that is left would take what is delivered to the next owner
+            await asyncio.wait([owned.work], timeout=CUT_S)
         release = asyncio.get_running_loop().create_task(self.leases.release(number), name=f"release.{number}")
         release.add_done_callback(lambda _: released.set())
         self._tasks.spawn(self._see_off(number, partition, watching, release))
         await asyncio.wait([release])
-        self._giving.discard(number)
 
     async def _watch_polls(self, pollers: Sequence[BotPoller], tenure: Tenure, released: asyncio.Event) -> None:
         """Returns when the polls that are left have ended. Cuts them when nobody hears this replica, or its lease is
@@ -330,18 +337,13 @@ class Partitions:
         release: asyncio.Task[None],
     ) -> None:
         """Waits for what is out in a partition that is given away."""
-        sending = self._tasks.spawn(self._wait_sent(number, partition))
-        await asyncio.wait([watching, sending, release])
-        told = self._still_open(number)
-        if not (told.bots or told.persons):
-            await self.leases.clear_left(number)
-
-    async def _wait_sent(self, number: int, partition: Partition | None) -> None:
         if partition is not None:
             await partition.wait_sent()
-            self._leaving[number].remove(partition)
-            if not self._leaving[number]:
-                del self._leaving[number]
+            self._leaving.remove(partition)
+        await asyncio.wait([watching, release])
+        still_open = self._still_open(number)
+        if not (still_open.bots or still_open.persons):
+            await self.leases.clear_left(number)
 
     async def drain(self, seconds: float) -> None:
         """Gives everything away, and waits for what is out, at most `seconds`. Then cuts what is left, as nothing
@@ -360,7 +362,7 @@ class Partitions:
         self._tasks.cancel_all()
         for number in list(self.working):
             self._drop(number)
-        for partition in [each for left in self._leaving.values() for each in left]:
+        for partition in self._leaving:
             partition.stop()
         for poller in self.pollers.values():
             poller.stop(immediately=True)

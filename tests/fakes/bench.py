@@ -363,11 +363,10 @@ class Bench:
         partitions = self.replica.partitions
         partitions._tasks.cancel_all()
         self.rest()
-        for task in (*partitions._polling, *partitions._consuming.values()):
+        for task in (*partitions._polling, *(owned.work for owned in partitions._owned.values())):
             task.cancel()
-        for left in [[*self.shards.values()], *partitions._leaving.values()]:
-            for partition in left:
-                partition.stop()
+        for partition in [*self.shards.values(), *partitions._leaving]:
+            partition.stop()
 
     async def speak(self) -> None:
         """Says from now on that this replica is here, and hears it."""

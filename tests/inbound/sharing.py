@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -225,10 +224,11 @@ class Sharing:
         """As kill -9 does: it says nothing more, and its connections end."""
         self.core.is_cut = self.line.down = True
         self.life.stop()
-        for task in (self.leasing, self.working, *self.partitions._polling, *self.partitions._consuming.values()):
+        work = [owned.work for owned in self.partitions._owned.values()]
+        for task in (self.leasing, self.working, *self.partitions._polling, *work):
             task.cancel()
         for tenure in self.leases.owned.values():
             tenure.end()
-        for partition in [*self.partitions.working.values(), *itertools.chain(*self.partitions._leaving.values())]:
+        for partition in [*self.partitions.working.values(), *self.partitions._leaving]:
             partition.stop()
         self.partitions._tasks.cancel_all()

@@ -19,7 +19,7 @@ from adapter.bridge.handover import (
     SILENT_S,
     Asked,
     PollEnded,
-    Told,
+    StillOpen,
     answer,
     read_polled,
 )
@@ -303,7 +303,7 @@ async def haunted(world: World, ghost: Ghost) -> Sharing:
 
 async def test_seventy_seconds_are_longer_than_any_poll(world: World) -> None:
     """A giver that names a bot for longer is wrong about it."""
-    ghost = Ghost(world, told=msgspec.json.encode(Told(bots={B1}, persons=set())))
+    ghost = Ghost(world, told=msgspec.json.encode(StillOpen(bots={B1}, persons=set())))
     taker = await haunted(world, ghost)
     assert await world.until(lambda: taker.polls(B2)) < 0.5
     assert await world.until(lambda: taker.polls(B1)) == pytest.approx(LONGEST_S, abs=1.0)
@@ -321,7 +321,7 @@ async def test_an_answer_that_is_none_names_everybody(world: World, told: bytes 
     taker.deliver("waits", sandbox=SANDBOX, bot=B1)
     await asyncio.sleep(20)
     assert (world.phone.open, world.phone.texts) == ({}, [])
-    ghost.told = msgspec.json.encode(Told(bots=set(), persons=set()))
+    ghost.told = msgspec.json.encode(StillOpen(bots=set(), persons=set()))
     assert await world.until(lambda: taker.polls(B1) and taker.polls(B2)) < ASK_EVERY_S + 0.6
     assert world.phone.texts == ["waits"]
     assert ghost.speaking is not None
@@ -636,15 +636,15 @@ async def test_a_giver_that_dies_while_it_sends_leaves_the_send_to_the_taker(wor
 
 
 def test_a_question_that_does_not_decode_strictly_gets_no_answer() -> None:
-    def still_open(number: int) -> Told:
-        return Told(bots={str(number)}, persons=set())
+    def still_open(number: int) -> StillOpen:
+        return StillOpen(bots={str(number)}, persons=set())
 
     def status(bots: object) -> ReplicaStatus:
         return ReplicaStatus(instance="me", version="1", bots=len(list(bots)))  # type: ignore[call-overload]
 
     told = answer(msgspec.json.encode(Asked(partition=7)), still_open, status)
     assert told is not None
-    assert msgspec.json.decode(told, type=Told) == Told(bots={"7"}, persons=set())
+    assert msgspec.json.decode(told, type=StillOpen) == StillOpen(bots={"7"}, persons=set())
     asked = answer(b'{"ask":"status","bots":["a","b"]}', still_open, status)
     assert asked is not None
     assert msgspec.json.decode(asked, type=ReplicaStatus).bots == 2
