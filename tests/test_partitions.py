@@ -327,7 +327,7 @@ async def test_a_replica_that_stops_gives_everything_and_takes_nothing_more(worl
     await asyncio.sleep(1)
     assert stopping.done()
     assert [inbound.text for inbound in world.bench.bus.inbound()] == ["last"]
-    assert all(not world.lease(number).owner and not world.lease(number).left for number in range(32))
+    assert all(not world.lease(number).owner and not world.lease(number).former for number in range(32))
 
 
 async def test_what_is_being_taken_as_a_replica_stops_is_given_away_too(world: World) -> None:

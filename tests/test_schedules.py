@@ -633,7 +633,7 @@ def nothing_is_left(model: Model) -> list[str]:
     found = model.world.bus.found("OUT")
     left = [f"OUT holds {len(found)}"] if found else []
     left += [f"failed: {each.bench.failed}" for each in model.replicas if each.bench.failed]
-    left += [f"left: {number} {key.left}" for number, key in model.world.keys.items() if key.left]
+    left += [f"left: {number} {key.former}" for number, key in model.world.keys.items() if key.former]
     for number, (_, shard) in model.consumers.items():
         if depth := shard.queue_depths(Counter())[0]:
             left.append(f"shard {number} has {depth} in flight")

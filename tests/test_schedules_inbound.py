@@ -516,7 +516,7 @@ class Model(Succession[Replica]):
             wrong.append(f"polls: {self.box.most_out} at once")
         if (out := [each.polls for each in self.replicas].count(True)) != 1:
             wrong.append(f"polls: {out} at the end")
-        if left := {number: key.left for number, key in self.world.keys.items() if key.left}:
+        if left := {number: key.former for number, key in self.world.keys.items() if key.former}:
             wrong.append(f"left: {left}")
         wrong += [f"failed: {each.bench.failed}" for each in self.replicas if each.bench.failed]
         number_of = {said["create_time_ms"]: number for number, said in enumerate(self.box.said, 1)}

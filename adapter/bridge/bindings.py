@@ -151,16 +151,6 @@ class Bindings:
             self._apply_entry(entry)
         return entry
 
-    async def reload(self) -> None:
-        """Reads all bindings anew, since this replica may lag behind another one's writes. Raises Temporary."""
-        entries = await self._bucket.list_prefix()
-        for entry in entries:
-            self._apply_entry(entry)
-        keys = {entry.key for entry in entries}
-        for binding in self:
-            if to_subject_token(binding.bot) not in keys:  # it was deleted
-                await self.refresh(binding.bot)
-
     async def catch_up(self) -> None:
         """Returns when all is known here that was bound until this call; one read for many callers. Raises
         Temporary."""
@@ -171,10 +161,6 @@ class Bindings:
             self._apply_entry(entry)
             self._read_to = max(self._read_to, entry.revision)
         return {}
-
-    async def on_connect(self, _: object) -> None:
-        """Called before a new connection is used."""
-        self.is_current = False
 
     def _on_loaded(self) -> None:
         if not self.is_loaded:

@@ -66,7 +66,7 @@ class Entry(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     bot: str = ""
     """The bot of the state; each message names its own."""
     seen: bytes = b""
-    """Fingerprints of the messages of the last hour (`content.dedup`)."""
+    """Fingerprints of the messages of the last hour (`contract.repeats`)."""
     window: OpenedWindow = OpenedWindow()
     sealed: bytes = b""
     messages: list[msgspec.Raw] = []  # noqa: RUF012 - msgspec copies it

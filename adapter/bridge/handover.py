@@ -68,7 +68,7 @@ class Handover:
         self.changed = ChangeSignal()
         self._tenure = tenure
         self._parts = parts
-        self._still_open: dict[str, StillOpen | None] = dict.fromkeys(tenure.left)
+        self._still_open: dict[str, StillOpen | None] = dict.fromkeys(tenure.former)
         """By replica of the list; None: it has not answered yet."""
 
     def may_poll(self, bot: str) -> bool:
@@ -124,7 +124,7 @@ class Handover:
 
     def _forget(self, replica: str) -> None:
         self._still_open.pop(replica, None)
-        self._tenure.left = tuple(name for name in self._tenure.left if name != replica)
+        self._tenure.former = tuple(name for name in self._tenure.former if name != replica)
         self.changed.notify_all()
 
 

@@ -53,11 +53,11 @@ class Tenure:
     tools.tasks.Owner. It may pause, while the key cannot be renewed."""
 
     def __init__(
-        self, number: int, left: Sequence[str], clock: Clock, wait_tick: Callable[[], Awaitable[None]]
+        self, number: int, former: Sequence[str], clock: Clock, wait_tick: Callable[[], Awaitable[None]]
     ) -> None:
         """`wait_tick`: awaited after a pause, so that thousands do not go on at the same time."""
         self.number = number
-        self.left = tuple(left)
+        self.former = tuple(former)
         """Replicas that may still poll or send there. The next renewal stores them for a later owner."""
         self.since = clock.monotonic()
         self.until = 0.0
@@ -174,9 +174,6 @@ class Leases:
         """Whether the bucket was written lately, so that this replica can own partitions."""
         return self._clock.monotonic() - self._written_at < HOLDER_FRACTION * self._lease_s
 
-    def tenure(self, number: int) -> Tenure | None:
-        return self.owned.get(number)
-
     def look_now(self) -> None:
         """Looks for partitions at once, since one was released."""
         self._is_due = True
@@ -221,7 +218,7 @@ class Leases:
         async with tenure.writing:
             if tenure.is_over:
                 return
-            sent, lease = self._clock.monotonic(), Lease(owner=self.replica, left=tenure.left)
+            sent, lease = self._clock.monotonic(), Lease(owner=self.replica, former=tenure.former)
             try:
                 revision = await self._write(tenure.number, lease, tenure.revision)
             except (Temporary, Conflict) as exc:
@@ -263,21 +260,21 @@ class Leases:
         self._releasing.add(number)
         try:
             async with tenure.writing:
-                await self._store(tenure, Lease(left=tuple(dict.fromkeys((*tenure.left, self.replica)))))
+                await self._store(tenure, Lease(former=tuple(dict.fromkeys((*tenure.former, self.replica)))))
         finally:
             self._releasing.discard(number)
         self._metrics.lease_changes.labels(reason="released").inc()
         await self._presence.tell_released()
 
-    async def clear_left(self, number: int) -> None:
+    async def clear_former(self, number: int) -> None:
         """Takes this replica's name from a released key that nobody has taken: nothing of it is open there."""
         with contextlib.suppress(Temporary, Conflict):  # best effort: who takes it asks
             entry = await self._bucket.get(str(number))
             if entry is not None and entry.value is not None:
                 lease = _decode(entry)
-                if not lease.owner and self.replica in lease.left:
-                    left = tuple(name for name in lease.left if name != self.replica)
-                    await self._write(number, Lease(left=left), entry.revision)
+                if not lease.owner and self.replica in lease.former:
+                    former = tuple(name for name in lease.former if name != self.replica)
+                    await self._write(number, Lease(former=former), entry.revision)
 
     async def _store(self, tenure: Tenure, lease: Lease) -> None:
         """Writes the key of a tenure that is over, unless somebody else has. Tries for a lease; once, if that of the
@@ -383,7 +380,7 @@ class Leases:
                 is_released = lease.owner in ("", self.replica)
             else:  # an owner who lives puts back what was deleted
                 lease, is_released = Lease(), entry is None and seen is None
-            seen = self._free[number] = Free(revision, now, is_released, lease.left, lease.owner)
+            seen = self._free[number] = Free(revision, now, is_released, lease.former, lease.owner)
         elif is_blind and not seen.is_released:
             seen = self._free[number] = seen._replace(since=now)
         return seen
@@ -391,10 +388,10 @@ class Leases:
     async def _take(self, number: int, seen: Free) -> bool:
         sent = self._clock.monotonic()
         try:
-            revision = await self._write(number, Lease(owner=self.replica, left=seen.left), seen.revision)
+            revision = await self._write(number, Lease(owner=self.replica, former=seen.former), seen.revision)
         except (Temporary, Conflict):
             return False  # another replica was first, or the next look shows whether it is this one's
-        tenure = self.owned[number] = Tenure(number, seen.left, self._clock, self._wait_tick)
+        tenure = self.owned[number] = Tenure(number, seen.former, self._clock, self._wait_tick)
         tenure.renewed(sent + self._lease_s * HOLDER_FRACTION, revision)
         self._tasks.spawn(self._hold(tenure))
         if seen.is_released:

@@ -343,7 +343,7 @@ class Partitions:
         await asyncio.wait([watching, release])
         still_open = self._still_open(number)
         if not (still_open.bots or still_open.persons):
-            await self.leases.clear_left(number)
+            await self.leases.clear_former(number)
 
     async def drain(self, seconds: float) -> None:
         """Gives everything away, and waits for what is out, at most `seconds`. Then cuts what is left, as nothing

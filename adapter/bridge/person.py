@@ -206,7 +206,7 @@ class Person:
     def has_unsaved_sends(self) -> bool:
         """The record lacks what was sent last, which a person may quote, or that a request was taken back."""
         saved = self._saved.state or PersonState()
-        return (self.state.sent, self.state.head) != (saved.sent, saved.head)
+        return (self.state.sent, self.state.progress) != (saved.sent, saved.progress)
 
     # what others tell -------------------------------------------------------------------------------
 

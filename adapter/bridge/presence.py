@@ -57,7 +57,7 @@ class Free(NamedTuple):
     since: float
     """Monotonic time at which that revision was seen first, or the count began anew."""
     is_released: bool
-    left: tuple[str, ...]
+    former: tuple[str, ...]
     """Replicas that may still poll or send there."""
     owner: str
 

@@ -66,7 +66,7 @@ GONE = "The person was unbound before the message was stored."
 
 
 class _Anybody:
-    """Implements kit.persist.Owner: an answer in hand is stored, whoever owns the person now."""
+    """Implements tools.tasks.Owner: an answer in hand is stored, whoever owns the person now."""
 
     def check(self) -> None: ...
 
@@ -136,7 +136,7 @@ class Receiver:
             await self._store_all(is_cursor_new)
         except PersonGone as gone:
             await self._on_gone(gone)
-        stored = self._those("stored")
+        stored = self._with_outcome("stored")
         if cursor is not None and not stored and person.position <= self._started:
             person.on_cursor(self._bot, cursor)
         if stored:
@@ -144,9 +144,9 @@ class Receiver:
             parts.metrics.inbound_publish_duration.observe(took_s)
             if not self._is_owner():
                 await say_polled(parts, person.tenure.number, bot=self._bot)
-        return bool(stored) or is_cursor_new or not self._those("repeat")
+        return bool(stored) or is_cursor_new or not self._with_outcome("repeat")
 
-    def _those(self, outcome: str) -> list[Received]:
+    def _with_outcome(self, outcome: str) -> list[Received]:
         return [one for one in self._read if one.outcome == outcome]
 
     # reading ----------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Receiver:
         """Marks what somebody wrote whom the bot does not serve. A bot without a known user serves who writes
         first."""
         user = self._person.user or self._binding.user
-        for one in self._those("new"):
+        for one in self._with_outcome("new"):
             assert one.message is not None
             user = user or one.message.user
             if one.message.user != user:
@@ -223,8 +223,8 @@ class Receiver:
                     fresh[0].outcome, fresh[0].detail = "crashed", exc.detail
                     await self._end_others()
         # behind another owner's entry neither cursor nor token of repeats count
-        is_last = self._person.position <= self._started and not self._those("stored")
-        if is_cursor_new and is_last and self._those("repeat"):
+        is_last = self._person.position <= self._started and not self._with_outcome("stored")
+        if is_cursor_new and is_last and self._with_outcome("repeat"):
             with contextlib.suppress(Crashed):
                 await self._persist(partial(self._store_next, ()))
 
@@ -292,7 +292,7 @@ class Receiver:
         """An entry with these messages, and the state after it: behind another's entry the cursor stays, and of token
         and window the newer ones count."""
         person, state = self._person, self._person.state
-        stored = len(self._those("stored"))
+        stored = len(self._with_outcome("stored"))
         size, lines = stored + len(taken), [one.line for one in taken]
         is_others = state.bot != self._bot or (person.position > self._started and not stored)
         opened, token = self._opened_by(taken, is_others=is_others)
@@ -322,7 +322,7 @@ class Receiver:
         state = self._person.state
         if not taken:
             # a repeat may have a newer token
-            known = [one.message for one in self._those("repeat") if one.id == state.window.id]
+            known = [one.message for one in self._with_outcome("repeat") if one.id == state.window.id]
             tokens = [message.context_token for message in known if message is not None]
             return None, "" if is_others else next(filter(None, tokens), "")
         last = taken[-1].message
@@ -470,7 +470,7 @@ class Receiver:
             for one in left:
                 one.outcome = "dropped"
             log.warning("inbound.dropped", bot=self._bot, messages=len(left), detail="Its person was erased.")
-        for one in self._those("new"):
+        for one in self._with_outcome("new"):
             one.outcome, one.detail = "not_bound", gone.detail
         await self._end_others()
 

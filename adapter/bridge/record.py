@@ -118,7 +118,7 @@ class PersonState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     cursor_after: int = 0
     """The entry behind which the cursor was read: a newer entry has a newer one."""
     window: SendWindow = SendWindow()
-    head: SendProgress | None = None
+    progress: SendProgress | None = None
     recent: list[CommandRef] = []
     """The last commands with an id of their author that ended, and not as refused. Another one with such an id is a
     repeat."""

@@ -489,7 +489,7 @@ class Sandbox:
         sequence = command.ref.sequence
         senders = [each for each in self.senders.values() if each.person.key.since < sequence]
         for sender in senders:
-            if (head := sender.person.state.head) is not None and head.has_command(command.ref):
+            if (head := sender.person.state.progress) is not None and head.has_command(command.ref):
                 return sender
         if command.user or command.bot or not command.parked_for:
             return None

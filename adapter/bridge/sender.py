@@ -85,7 +85,7 @@ class Phase(enum.IntEnum):
     """The answer is there, and its receipts or the record are being stored: a drain lets this end, as a request."""
 
 
-class _Head(msgspec.Struct):
+class _Attempt(msgspec.Struct):
     """What concerns the first command alone."""
 
     failures: int = 0
@@ -144,7 +144,7 @@ class Sender:
         """Commands up to this sequence are not merged."""
         self._user = person.user
         """The person's user, as it was when the queue was looked at last."""
-        self._head = _Head()
+        self._attempt = _Attempt()
         now = parts.clock.monotonic()
         self._pace = _Pace(posted_at=now, unanswered_at=now)
 
@@ -220,7 +220,7 @@ class Sender:
                     await self._tenure.valid()
                 except StaleRead:  # what was decided by the older record counts no more
                     self.person.take_newer_record()
-                    self._head = _Head()
+                    self._attempt = _Attempt()
                     for command in self.queue:
                         command.is_checked = False
                 except (Temporary, BusRefused) as exc:  # the bus or the object store is away
@@ -285,7 +285,7 @@ class Sender:
         now_ms, seen = parts.clock.now_ms(), self._version
         if person.user != self._user:  # what waits may name another one, and is looked at one by one
             self._user, self._alone_up_to = person.user, max(self._alone_up_to, queue[-1].sequence)
-        head, progress, self.reason = queue[0], person.state.head, ""
+        head, progress, self.reason = queue[0], person.state.progress, ""
         if self._expires_ms <= now_ms:
             await self._end_expired(now_ms)
         elif not head.is_checked:
@@ -309,8 +309,8 @@ class Sender:
             await self._end([(head, CommandResult("accepted"))])
         elif (due_s := self._next_due_s(person.bot)) > 0:
             await self._wait(due_s, seen, person.bot)
-        elif progress is not None and progress.unanswered_attempts and not self._head.has_looked:
-            self._head.has_looked = True  # another owner may have ended it since
+        elif progress is not None and progress.unanswered_attempts and not self._attempt.has_looked:
+            self._attempt.has_looked = True  # another owner may have ended it since
             for command in (group := sending.in_progress(queue, person.state)):
                 command.is_checked = False
             await self._look_up(group)
@@ -323,7 +323,7 @@ class Sender:
             self.queue.sort(key=lambda each: (not progress.has_command(each.ref), each.sequence))
         else:  # the previous owner ended them, and did not store that
             self.person.state = sending.without_lost_head(self.person.state)
-            self._head = _Head()
+            self._attempt = _Attempt()
 
     async def _end_expired(self, now_ms: int) -> None:
         result = CommandResult("refused", "expired", sending.EXPIRED)
@@ -347,11 +347,13 @@ class Sender:
 
     def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
         """The result of a command for which no request is to be made; None: one is, unless it repeats a command."""
-        progress = self.person.state.head
+        progress = self.person.state.progress
         if progress is not None:
             if progress.part >= head.part_count:
                 return sending.accepted_result(progress)
-            is_foreign = progress.merged and progress.is_partially_sent and self._head.content_of[0] != head.sequence
+            is_foreign = (
+                progress.merged and progress.is_partially_sent and self._attempt.content_of[0] != head.sequence
+            )
             if is_foreign or not sending.is_repeatable(progress, bot.id):
                 detail = "iLink gave no answer that can be read, and is not asked again: that might show it twice."
                 return CommandResult("uncertain", "", detail)
@@ -378,7 +380,7 @@ class Sender:
     def _next_due_s(self, bot: ServingBot) -> float:
         """Seconds until the next request may be made."""
         now, pace = self._parts.clock.monotonic(), self._pace
-        due_s, progress = pace.not_before - now, self.person.state.head
+        due_s, progress = pace.not_before - now, self.person.state.progress
         if progress is not None and progress.unanswered_attempts:
             is_answering = self._is_answering(bot, progress)
             over_s, posted_s = now - pace.unanswered_at, now - pace.posted_at
@@ -394,7 +396,7 @@ class Sender:
     async def _wait(self, due_s: float, seen: int, bot: ServingBot | None = None) -> None:
         """Waits until something is due or has changed. `bot`: through which a request is to be made. For a repeat
         iLink is asked meanwhile whether it answers."""
-        parts, progress = self._parts, self.person.state.head
+        parts, progress = self._parts, self.person.state.progress
         expiry_s = (self._expires_ms - parts.clock.now_ms()) / 1000
         due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
         if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
@@ -451,8 +453,8 @@ class Sender:
         result = sending.while_blocked(command, reason, is_head=command is head)
         if command is not head:
             return result
-        answer, self._head.refusal = self._head.refusal, None
-        if answer is None or self._head.refused_in != self.person.state.window.id:  # the user has written since
+        answer, self._attempt.refusal = self._attempt.refusal, None
+        if answer is None or self._attempt.refused_in != self.person.state.window.id:  # the user has written since
             return result
         return msgspec.structs.replace(answer, outcome=result.outcome, reason=result.reason)
 
@@ -474,7 +476,7 @@ class Sender:
                 result = CommandResult("dead_lettered", exc.reason, exc.detail)
             else:
                 command.parked = True
-                self._head.content_of = _NOTHING  # what was uploaded may be gone when its turn comes
+                self._attempt.content_of = _NOTHING  # what was uploaded may be gone when its turn comes
                 self._commands.release_body(command)
                 self.person.hide_typing()
                 return
@@ -489,10 +491,10 @@ class Sender:
         if missing := [command for command in group if command.parts is None]:
             await self._read(missing)
             return
-        is_begun = person.state.head is not None and person.state.head.is_partially_sent
+        is_begun = person.state.progress is not None and person.state.progress.is_partially_sent
         if len(group) > 1 and not is_begun:
             group = sending.mergeable_prefix(group)
-        progress, head = sending.begun(group, person.state, bot.id), self._head
+        progress, head = sending.begun(group, person.state, bot.id), self._attempt
         content_of = group[0].sequence, progress.part, progress.merged, bot.id
         if progress.merged and not is_begun:
             head.content, head.content_of = MERGE_SEPARATOR.join(map(sending.only_text, group)), content_of
@@ -532,7 +534,7 @@ class Sender:
         try:
             while not person.is_saved:  # a token is in the bucket before a request uses it
                 await person.save()
-            is_wanted = person.state.head is not None and self._is_wanted(bot, group)
+            is_wanted = person.state.progress is not None and self._is_wanted(bot, group)
         except BaseException:
             self._take_back()
             raise
@@ -558,7 +560,7 @@ class Sender:
 
     def _take_back(self) -> None:
         state = self.person.state
-        if (head := state.head) is not None:  # an erasure may have ended it
+        if (head := state.progress) is not None:  # an erasure may have ended it
             undone = msgspec.structs.replace(head, attempts=head.attempts - 1)
             self.person.state = window.undo_attempt(state, undone)
         self._pace.not_before = -math.inf
@@ -567,14 +569,14 @@ class Sender:
         self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
     ) -> Awaitable[None]:
         """Does what iLink's answer asks for."""
-        person, before = self.person, self.person.state.head
+        person, before = self.person, self.person.state.progress
         assert before is not None
         person.state = sending.after_answer(person.state, answer, content, self._parts.clock.now_ms())
-        self._head.has_looked = False
+        self._attempt.has_looked = False
         self._pace.uncertain = self._pace.uncertain if isinstance(answer, Uncertain | Temporary) else 0
         if isinstance(answer, Accepted):
-            self._head.failures = 0
-            progress = person.state.head
+            self._attempt.failures = 0
+            progress = person.state.progress
             if progress is not None and progress.part >= group[0].part_count:
                 result = sending.accepted_result(progress)
                 return self._end([(command, result) for command in group])
@@ -584,7 +586,7 @@ class Sender:
             refusal = sending.refusal(answer, before)
             if sending.is_throttled_again(before) or before.unanswered_attempts > 1:  # the first may be the last send
                 return self._end([(command, refusal) for command in group])
-            self._head.refusal, self._head.refused_in = refusal, person.state.window.id
+            self._attempt.refusal, self._attempt.refused_in = refusal, person.state.window.id
             self._alone_up_to = max(self._alone_up_to, group[0].sequence)
             if answer.errmsg == PREPARE_FAILED:
                 self._parts.sessions.restart_soon(bot.id)
@@ -595,7 +597,7 @@ class Sender:
         self, answer: AdapterError, bot: ServingBot, group: list[QueuedCommand], *, is_upload: bool = False
     ) -> None:
         """Does what the failure of a request or an upload asks for."""
-        parts, progress, pace = self._parts, self.person.state.head, self._pace
+        parts, progress, pace = self._parts, self.person.state.progress, self._pace
         self._report(answer, bot, progress)
         if isinstance(answer, SessionExpired):
             await self._check_session(answer, bot, group)
@@ -613,8 +615,8 @@ class Sender:
             await self._save()  # the pause before its repeat is long
         else:
             parts.metrics.outbound_retries.labels(reason=answer.reason).inc()
-            self._head.failures += 1
-            pause_s = getattr(answer, "retry_after_s", None) or backoff(self._head.failures)
+            self._attempt.failures += 1
+            pause_s = getattr(answer, "retry_after_s", None) or backoff(self._attempt.failures)
             pause_s += parts.clock.jitter(pause_s / 4)
             pace.not_before = max(pace.not_before, parts.clock.monotonic() + pause_s)
             if not is_upload:  # if the owner ends now, the next one must not take it for sent
@@ -623,20 +625,20 @@ class Sender:
     async def _check_session(self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand]) -> None:
         """-14 to a send is no proof of a dead session: iLink answers a malformed body with it, too."""
         person, sessions = self.person, self._parts.sessions
-        refusal = sending.refusal(answer, person.state.head)
+        refusal = sending.refusal(answer, person.state.progress)
         self._enter(Phase.WAITING)
         work = partial(sessions.is_alive, bot.id, lambda: person.bot is None)
         if not await self._tenure.persist(work, "session", sandbox=person.key.sandbox):
             if person.bot is not None and person.bot.id == bot.id:
                 person.bot = msgspec.structs.replace(person.bot, is_usable=False)
-            self._head.refusal = msgspec.structs.replace(refusal, reason="needs_login")
-            self._head.refused_in = person.state.window.id
+            self._attempt.refusal = msgspec.structs.replace(refusal, reason="needs_login")
+            self._attempt.refused_in = person.state.window.id
             await self._save()  # a login may take hours, and another bot repeats no unanswered request
-        elif self._head.rejections:
+        elif self._attempt.rejections:
             refusal = msgspec.structs.replace(refusal, reason="rejected")
             await self._end([(command, refusal) for command in group])
         else:
-            self._head.rejections = 1
+            self._attempt.rejections = 1
             not_before = self._parts.clock.monotonic() + SESSION_PAUSE_S
             self._pace.not_before = max(self._pace.not_before, not_before)
 
@@ -656,7 +658,7 @@ class Sender:
     async def _upload(
         self, part: MediaPart, bot: ServingBot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
     ) -> None:
-        person, head = self.person, self._head
+        person, head = self.person, self._attempt
         try:
             head.content = await self._parts.uploads.upload_media(part, bot.account, person.key.sandbox, person.user)
             head.content_of = content_of
@@ -689,7 +691,7 @@ class Sender:
         """Ends commands, which leave the queue."""
         if not ends:
             return
-        person, progress = self.person, self.person.state.head
+        person, progress = self.person, self.person.state.progress
         ends = [(command, sending.final_result(result, person.state, command)) for command, result in ends]
         await self._commands.end(ends, self._address, self._shown, on_told=self._leave)
         command, result = ends[-1]
@@ -725,7 +727,7 @@ class Sender:
         is_refused = result is None or result.outcome == "refused" or bool(result.repeat_of)
         self.person.state = sending.with_ended(self.person.state, command.ref, is_refused=is_refused)
         if is_first:
-            self._head = _Head()
+            self._attempt = _Attempt()
 
     def _save(self) -> Awaitable[None]:
         """Raises LeaseLost, Crashed, StaleRead."""

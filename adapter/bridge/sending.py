@@ -191,7 +191,7 @@ def blocker(command: QueuedCommand, record: PersonState, bot: ServingBot, policy
         return "needs_login"
     if command.typing:
         return ""
-    progress, needed = record.head, command.part_count
+    progress, needed = record.progress, command.part_count
     if progress is not None and progress.is_partially_sent and progress.has_command(command.ref):
         is_counted = progress.unanswered_attempts and progress.counted_in_window == record.window.id
         needed = 0 if is_counted else 1
@@ -220,7 +220,7 @@ def is_repeatable(progress: SendProgress, bot: str) -> bool:
 
 def in_progress(queue: Sequence[QueuedCommand], record: PersonState) -> list[QueuedCommand]:
     """The commands of the message in progress that are in the queue; empty if the first one is not of it."""
-    progress = record.head
+    progress = record.progress
     if progress is None or not queue or not progress.has_command(queue[0].ref):
         return []
     return [command for command in queue[:MERGED_AT_ONCE] if progress.has_command(command.ref)]
@@ -234,7 +234,7 @@ def next_message(
     `alone_up_to`: commands up to this sequence are not merged, since iLink refused them merged.
     """
     first = queue[0]
-    if record.head is not None and record.head.is_partially_sent:
+    if record.progress is not None and record.progress.is_partially_sent:
         return in_progress(queue, record)
     if not first.parked or first.sequence <= alone_up_to or not first.chars:
         return [first]
@@ -264,7 +264,7 @@ def only_text(command: QueuedCommand) -> str:
 
 def begun(group: Sequence[QueuedCommand], record: PersonState, bot: str) -> SendProgress:
     """The progress of the message that is about to be sent."""
-    progress, refs = record.head, [command.ref for command in group]
+    progress, refs = record.progress, [command.ref for command in group]
     if progress is None or (progress.commands != refs and not progress.is_partially_sent):
         base = group[0].client_id_base
         return SendProgress(commands=refs, client_id_base=base, bot=bot, merged=len(refs) - 1)
@@ -283,7 +283,7 @@ def earlier(command: QueuedCommand, record: PersonState) -> CommandRef | None:
 
 def after_answer(record: PersonState, answer: Accepted | AdapterError, content: Content, now_ms: int) -> PersonState:
     """The record after iLink's answer to the request under way, or after its failure."""
-    progress = record.head
+    progress = record.progress
     assert progress is not None
     if isinstance(answer, AdapterError):
         progress = msgspec.structs.replace(progress, http_status=answer.http_status)
@@ -296,11 +296,11 @@ def after_answer(record: PersonState, answer: Accepted | AdapterError, content: 
             record = window.record_throttled(record, progress, now_ms)
         case _:
             record = window.undo_attempt(record, progress)
-    progress = record.head
+    progress = record.progress
     if isinstance(answer, Refused) and progress is not None and not progress.is_partially_sent:
         # of a merged message the first command is tried alone, so that the one at fault is found
         record = msgspec.structs.replace(
-            record, head=msgspec.structs.replace(progress, commands=progress.commands[:1], merged=0)
+            record, progress=msgspec.structs.replace(progress, commands=progress.commands[:1], merged=0)
         )
     return record
 
@@ -328,7 +328,9 @@ def _after_accepted(
             name = content.name if content.kind == "file" else ""
             kind, text = content.kind, placeholder_summary(content.kind, name)
         sent = [*sent, SentText(id=ident, kind=kind, text=text)][-SENT_TEXTS:]
-    return msgspec.structs.replace(record, window=window.accepted(record.window, now_ms), head=progress, sent=sent)
+    return msgspec.structs.replace(
+        record, window=window.accepted(record.window, now_ms), progress=progress, sent=sent
+    )
 
 
 def is_throttled_again(before: SendProgress) -> bool:
@@ -348,7 +350,7 @@ def refusal(answer: Refused, progress: SendProgress | None) -> CommandResult:
 
 def expired(queue: Sequence[QueuedCommand], record: PersonState, now_ms: int) -> list[QueuedCommand]:
     """The commands that have waited too long. Those of a message that may have been sent end together."""
-    group = in_progress(queue, record) if record.head is not None and record.head.is_partially_sent else []
+    group = in_progress(queue, record) if record.progress is not None and record.progress.is_partially_sent else []
     ended = group if any(command.expires_ms <= now_ms for command in group) else []
     return ended + [command for command in queue if command.expires_ms <= now_ms and command not in group]
 
@@ -359,7 +361,7 @@ def final_result(result: CommandResult, record: PersonState, command: QueuedComm
     A command with an unanswered request cannot be called refused: iLink may have taken it. Every part may have been
     accepted although the receipt was not published in time.
     """
-    progress = record.head
+    progress = record.progress
     if result.is_sent or progress is None or not progress.has_command(command.ref):
         return result
     if progress.part and progress.part >= command.part_count:
@@ -392,18 +394,18 @@ def accepted_result(progress: SendProgress) -> CommandResult:
 
 def with_ended(record: PersonState, ref: CommandRef, *, is_refused: bool) -> PersonState:
     """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
-    head, recent = record.head, record.recent
+    head, recent = record.progress, record.recent
     if head is not None:
         rest = [each for each in head.commands if each != ref]
         head = msgspec.structs.replace(head, commands=rest) if rest else None
     if ref.is_named and not is_refused:
         recent = [*(each for each in recent if each.id != ref.id), ref][-RECENT_COMMANDS:]
-    return msgspec.structs.replace(record, head=head, recent=recent)
+    return msgspec.structs.replace(record, progress=head, recent=recent)
 
 
 def without_lost_head(record: PersonState) -> PersonState:
     """The record without a message whose commands are over: the previous owner ended them, and did not store that."""
-    assert record.head is not None
-    for ref in record.head.commands:
-        record = with_ended(record, ref, is_refused=not record.head.is_partially_sent)
+    assert record.progress is not None
+    for ref in record.progress.commands:
+        record = with_ended(record, ref, is_refused=not record.progress.is_partially_sent)
     return record

@@ -134,7 +134,7 @@ def record_attempt(record: PersonState, progress: SendProgress, now_ms: int) -> 
     window = msgspec.structs.replace(
         window, sends_used=window.sends_used + is_new, sent_at_ms=[*earlier, now_ms][-SENT_KEPT:]
     )
-    return msgspec.structs.replace(record, window=window, head=progress)
+    return msgspec.structs.replace(record, window=window, progress=progress)
 
 
 def undo_attempt(record: PersonState, progress: SendProgress) -> PersonState:
@@ -144,13 +144,13 @@ def undo_attempt(record: PersonState, progress: SendProgress) -> PersonState:
     """
     progress = msgspec.structs.replace(progress, unanswered_attempts=progress.unanswered_attempts - 1)
     if progress.unanswered_attempts:
-        return msgspec.structs.replace(record, head=progress)
+        return msgspec.structs.replace(record, progress=progress)
     window = msgspec.structs.replace(
         record.window,
         sends_used=max(0, record.window.sends_used - 1),
         sent_at_ms=record.window.sent_at_ms[:-1],
     )
-    return msgspec.structs.replace(record, window=window, head=progress)
+    return msgspec.structs.replace(record, window=window, progress=progress)
 
 
 def record_throttled(record: PersonState, progress: SendProgress, now_ms: int) -> PersonState:
@@ -170,7 +170,7 @@ def record_unanswered(
     """Records that the last request had no answer: iLink may have counted it at any moment until its end."""
     window = msgspec.structs.replace(record.window, sent_at_ms=[*record.window.sent_at_ms[:-1], now_ms])
     head = msgspec.structs.replace(progress, was_reset=was_reset)
-    return msgspec.structs.replace(record, window=window, head=head)
+    return msgspec.structs.replace(record, window=window, progress=head)
 
 
 def accepted(window: SendWindow, now_ms: int) -> SendWindow:

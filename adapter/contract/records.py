@@ -21,7 +21,7 @@ from adapter.contract.messages import (
 )
 
 UNBOUND_S = 72 * 3600
-"""Seconds for which a bot's cursor is kept after an unbind, so that iLink repeats nothing if it is bound again."""
+"""Time to live (s) of the delete markers of bindings and records, which late writes of former owners meet."""
 
 
 class PrivateRecord(msgspec.Struct, frozen=True, tag_field="v", tag=1):
@@ -165,5 +165,5 @@ class Lease(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
 
     owner: str = ""
     """The replica that owns the partition; "": it was released."""
-    left: tuple[str, ...] = ()
+    former: tuple[str, ...] = ()
     """Replicas that may still poll or send there."""

@@ -247,7 +247,7 @@ def _time_ms(value: int | None) -> int:
 
 
 def keys_of(message: wire.Head, user: str, sent_at_ms: int, content: str) -> MessageKeys:
-    """What tells a repeat (`content.dedup`). Absent, empty and 0 ids count as none."""
+    """What tells a repeat (`contract.repeats`). Absent, empty and 0 ids count as none."""
     return MessageKeys(
         as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content
     )

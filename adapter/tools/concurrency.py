@@ -91,11 +91,6 @@ class Batches(Generic[K, V]):
         self._waiting: dict[K, asyncio.Future[V | None]] = {}
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def is_idle(self) -> bool:
-        """Nobody waits for a read."""
-        return self._task is None
-
     async def get(self, key: K) -> V | None:
         """What a read that begins after this call finds. Raises what `read` raises."""
         loop = asyncio.get_running_loop()

@@ -147,12 +147,12 @@ class RateLimiter:
 
 
 class PerTickLimiter:
-    """Lets at most `per_round` tasks continue in each turn of the event loop, first come, first served. Thousands in
+    """Lets at most `per_tick` tasks continue in each turn of the event loop, first come, first served. Thousands in
     one turn would delay all others, and the lease."""
 
-    def __init__(self, per_round: int) -> None:
-        self._per_tick = per_round
-        self._remaining = per_round
+    def __init__(self, per_tick: int) -> None:
+        self._per_tick = per_tick
+        self._remaining = per_tick
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     async def wait_tick(self) -> None:

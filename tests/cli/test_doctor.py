@@ -171,7 +171,7 @@ async def test_partitions_that_nobody_renews_fail(
         await leases.write("8", None, None)
         for _ in range(2):  # an adapter's answer is waited for for longer than that
             await adapter.renew(*({*range(bus.names.partitions)} - {3, 7, 8}))
-            await leases.write("7", msgspec.json.encode(Lease(left=("standin-0",))), None)
+            await leases.write("7", msgspec.json.encode(Lease(former=("standin-0",))), None)
             result = await cli("doctor", "--json")
     state, words = said(result, "partitions")
     assert (result.code, state) == (1, "fail")

@@ -207,7 +207,7 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
                 record = await records.get(key)
             except KeyNotFoundError:  # nothing is stored of the user yet
                 return False
-            head = open_state(key, record.value or b"", Sealer((base64.b64decode(TOKEN_KEY),)))[1].head
+            head = open_state(key, record.value or b"", Sealer((base64.b64decode(TOKEN_KEY),)))[1].progress
             return head is not None and (head.part, head.unanswered_attempts) == (1, 0)
 
         await eventually(one_is_noted, "the first part is noted as sent")

@@ -97,7 +97,7 @@ class FakeLeases(Leases):
 
     def take(self, number: int) -> None:
         """With the replicas that may still poll or send there."""
-        left = self._keys[number].left if number in self._keys else ()
+        left = self._keys[number].former if number in self._keys else ()
         self.owned[number] = self._keys[number] = self.tenure_of(number, left)
         self.changed.notify_all()
 
@@ -110,14 +110,14 @@ class FakeLeases(Leases):
         if (tenure := self.owned.get(number)) is None:
             return
         self._end(tenure)
-        tenure.left = tuple(dict.fromkeys((*tenure.left, self.replica)))
+        tenure.former = tuple(dict.fromkeys((*tenure.former, self.replica)))
         await asyncio.sleep(0)
         self.on_released(number)
 
-    async def clear_left(self, number: int) -> None:
+    async def clear_former(self, number: int) -> None:
         await asyncio.sleep(0)
         if (tenure := self._keys.get(number)) is not None and tenure.is_over:
-            tenure.left = tuple(name for name in tenure.left if name != self.replica)
+            tenure.former = tuple(name for name in tenure.former if name != self.replica)
 
     def _end(self, tenure: Tenure) -> None:
         tenure.end()

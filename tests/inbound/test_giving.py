@@ -112,7 +112,7 @@ async def test_who_is_polled_still_is_polled_when_that_ends_and_its_answer_is_kn
     world.phone.answer(B1, raw("late"), raw("next", 2), cursor="newest")
     await asyncio.sleep(1)
     assert texts(world) == ["late", "next"], "what the giver stored is known"
-    assert world.lease(MOVES).left == ()
+    assert world.lease(MOVES).former == ()
 
 
 async def test_a_poll_that_ends_without_an_answer_of_note_is_told_too(world: World) -> None:
@@ -182,7 +182,7 @@ async def test_a_giver_that_dies_leaves_its_polls_to_the_taker_after_four_silent
     first.kill()
     assert SILENT_S - 1.0 < await world.until(lambda: second.polls(B1)) < SILENT_S + 1.0
     await asyncio.sleep(2)
-    assert world.lease(MOVES).left == ()
+    assert world.lease(MOVES).former == ()
 
 
 async def test_a_giver_that_is_dead_already_costs_four_seconds(world: World) -> None:
@@ -289,7 +289,7 @@ class Ghost:
             return self.told if msgspec.json.decode(data, type=Asked) == Asked(partition=MOVES) else b"wrong"
 
         core.respond(names.polls_of(self.presence.replica), tell)
-        world.keys.store.write(str(MOVES), msgspec.json.encode(Lease(left=(self.presence.replica,))), 0)
+        world.keys.store.write(str(MOVES), msgspec.json.encode(Lease(former=(self.presence.replica,))), 0)
         self.speaking = asyncio.create_task(self.presence.run(lambda: (0, False))) if speaks else None
 
 
@@ -344,7 +344,7 @@ async def test_a_third_taker_asks_both_who_still_poll(world: World) -> None:
     third = world.start("r2")
     await second.partitions.give(MOVES)
     await world.until(lambda: MOVES in third.consuming)
-    assert world.lease(MOVES).left == (first.leases.replica, second.leases.replica)
+    assert world.lease(MOVES).former == (first.leases.replica, second.leases.replica)
     await asyncio.sleep(5)
     assert first.polls(B1)
     assert second.polls(B2)
@@ -353,7 +353,7 @@ async def test_a_third_taker_asks_both_who_still_poll(world: World) -> None:
     world.phone.answer(B1)
     assert await world.until(lambda: third.polls(B1)) < 0.3
     await asyncio.sleep(2)
-    assert world.lease(MOVES).left == ()
+    assert world.lease(MOVES).former == ()
     assert world.phone.cut == []
 
 
@@ -439,7 +439,7 @@ async def test_a_list_is_emptied_where_nobody_takes_the_partition(world: World) 
     first = await polling(world, B1)
     first.leases.draining = True
     await first.partitions.give(MOVES)
-    assert world.lease(MOVES) == Lease(left=(first.leases.replica,))
+    assert world.lease(MOVES) == Lease(former=(first.leases.replica,))
     await asyncio.sleep(3)
     assert first.polls(B1)
     world.phone.answer(B1, raw("late"))
@@ -591,7 +591,7 @@ async def test_a_send_that_is_out_holds_its_person_alone_and_is_not_repeated(wor
     assert outcomes(world) == [("c3", "accepted"), ("c1", "accepted"), ("c2", "accepted")]
     assert (world.phone.overlaps, [each.acks for each in world.bench.deliveries]) == (0, [1, 1, 1])
     await asyncio.sleep(HOLD_S)
-    assert world.lease(MOVES).left == ()
+    assert world.lease(MOVES).former == ()
 
 
 async def test_a_send_that_is_out_holds_its_person_where_the_partition_comes_back(world: World) -> None:

@@ -49,7 +49,7 @@ async def test_a_list_is_not_emptied_while_a_poll_of_a_second_giving_is_out(worl
     await asyncio.sleep(1)
     world.phone.answer(B1)
     await asyncio.sleep(1)
-    assert (first.polls(B2), world.lease(MOVES).left) == (True, (first.leases.replica,))
+    assert (first.polls(B2), world.lease(MOVES).former) == (True, (first.leases.replica,))
     third = world.start("r2")
     await world.until(lambda: MOVES in third.consuming, within_s=10)
     await asyncio.sleep(3)

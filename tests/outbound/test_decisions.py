@@ -73,10 +73,10 @@ def under_way(*numbers: int, **fields: Any) -> SendProgress:
     return SendProgress(**made | fields)
 
 
-def record(head: SendProgress | None = None, *, used: int = 0, **fields: Any) -> PersonState:
+def record(progress: SendProgress | None = None, *, used: int = 0, **fields: Any) -> PersonState:
     window = {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
     opened = SendWindow(**{"id": "in:1", "opened_ms": NOW, "sends_used": used, **window})
-    return PersonState(**{"bot": "b1", "token": "t", "window": opened, "head": head, **fields})
+    return PersonState(**{"bot": "b1", "token": "t", "window": opened, "progress": progress, **fields})
 
 
 def numbers(commands: list[QueuedCommand]) -> list[int]:
@@ -300,7 +300,7 @@ LATER = NOW + 500
 
 
 @rows(
-    "progress, answer, head",
+    "progress, answer, after",
     {
         "accepted is the next part": (
             (under_way(1), YES, under_way(1, part=1, unanswered_attempts=0, message_ids=["m1"], ret=0))
@@ -363,10 +363,10 @@ LATER = NOW + 500
     },
 )
 def test_the_progress_after_an_answer(
-    progress: SendProgress, answer: Accepted | AdapterError, head: SendProgress
+    progress: SendProgress, answer: Accepted | AdapterError, after: SendProgress
 ) -> None:
     found = sending.after_answer(record(progress, used=1, sent_at_ms=[NOW]), answer, "hello", LATER)
-    assert found.head == head
+    assert found.progress == after
 
 
 @rows(
@@ -595,7 +595,7 @@ OLD = [ref(number + 100) for number in range(RECENT_COMMANDS)]
 
 
 @rows(
-    "known, ended, is_refused, head, recent",
+    "known, ended, is_refused, progress, recent",
     {
         "its id may not be used again": (record(), ref(1), False, None, [ref(1)]),
         "unless it was refused": (record(), ref(1), True, None, []),
@@ -617,24 +617,24 @@ def test_the_record_after_a_command_has_ended(
     known: PersonState,
     ended: CommandRef,
     is_refused: bool,
-    head: SendProgress | None,
+    progress: SendProgress | None,
     recent: list[CommandRef],
 ) -> None:
     after = sending.with_ended(known, ended, is_refused=is_refused)
-    assert (after.head, after.recent) == (head, recent)
+    assert (after.progress, after.recent) == (progress, recent)
 
 
 @rows(
-    "head, recent",
+    "progress, recent",
     {
         "what may have been sent is not sent again under its ids": (under_way(1, 2), [ref(1), ref(2)]),
         "what was not taken may be": (under_way(1, 2, unanswered_attempts=0), []),
         "what was sent in part is not": (under_way(1, **HALF), [ref(1)]),
     },
 )
-def test_the_record_after_a_former_owner_ended_the_message(head: SendProgress, recent: list[CommandRef]) -> None:
-    after = sending.without_lost_head(record(head))
-    assert (after.head, after.recent) == (None, recent)
+def test_the_record_after_a_former_owner_ended_the_message(progress: SendProgress, recent: list[CommandRef]) -> None:
+    after = sending.without_lost_head(record(progress))
+    assert (after.progress, after.recent) == (None, recent)
 
 
 def test_no_text_is_in_a_repr() -> None:

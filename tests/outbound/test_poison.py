@@ -85,7 +85,7 @@ def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bu
 def of_bad(*args: Any, **_: Any) -> bool:
     """One of the arguments is about the command at fault."""
     commands = [getattr(one, "ref", None) for one in args]
-    heads = [getattr(one, "head", None) for one in args]
+    heads = [getattr(one, "progress", None) for one in args]
     ids = [ref.id for ref in (*commands, *(ref for head in heads if head for ref in head.commands)) if ref]
     return "bad" in ids
 

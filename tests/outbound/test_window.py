@@ -17,9 +17,9 @@ POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0)
 OPENED = 10_000_000
 
 
-def record(used: int = 0, *, token: str = "t", head: SendProgress | None = None, **fields: Any) -> PersonState:
+def record(used: int = 0, *, token: str = "t", progress: SendProgress | None = None, **fields: Any) -> PersonState:
     opened = SendWindow(**{"id": "in:1", "opened_ms": OPENED, "sends_used": used, **fields})
-    return PersonState(token=token, bot="b1", window=opened, head=head)
+    return PersonState(token=token, bot="b1", window=opened, progress=progress)
 
 
 def progress(**fields: Any) -> SendProgress:
@@ -142,58 +142,62 @@ def test_a_throttle_belongs_to_the_window_in_which_its_request_left(
 
 def test_a_request_counts_once_in_each_window() -> None:
     first = window.record_attempt(record(), progress(), OPENED + 1)
-    assert first.head is not None
-    assert (first.head.attempts, first.head.unanswered_attempts, first.head.counted_in_window) == (1, 1, "in:1")
+    assert first.progress is not None
+    assert (first.progress.attempts, first.progress.unanswered_attempts, first.progress.counted_in_window) == (
+        1,
+        1,
+        "in:1",
+    )
     assert (first.window.sends_used, first.window.sent_at_ms) == (1, [OPENED + 1])
 
-    silent = window.record_unanswered(first, first.head, OPENED + 1)
-    assert silent.head is not None
-    again = window.record_attempt(silent, silent.head, OPENED + 2)
-    assert again.head is not None
-    assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
+    silent = window.record_unanswered(first, first.progress, OPENED + 1)
+    assert silent.progress is not None
+    again = window.record_attempt(silent, silent.progress, OPENED + 2)
+    assert again.progress is not None
+    assert (again.progress.attempts, again.progress.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
     opened = msgspec.structs.replace(again, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
-    anew = window.record_attempt(opened, again.head, OPENED + 4)
+    anew = window.record_attempt(opened, again.progress, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
     answered = progress(attempts=2, part=1, counted_in_window="in:1", was_reset=True)
     following = window.record_attempt(record(2, sent_at_ms=[OPENED]), answered, OPENED + 5)
-    assert following.head is not None
+    assert following.progress is not None
     assert (following.window.sends_used, following.window.sent_at_ms) == (3, [OPENED, OPENED + 5])
-    assert not following.head.was_reset
+    assert not following.progress.was_reset
     full = record(sent_at_ms=list(range(SENT_KEPT)))
     assert window.record_attempt(full, progress(), 99).window.sent_at_ms == [*range(1, SENT_KEPT), 99]
 
 
 def test_a_request_that_was_not_taken_counts_only_where_one_before_it_may_have_been() -> None:
     once = window.record_attempt(record(1, sent_at_ms=[OPENED]), progress(), OPENED + 1)
-    assert once.head is not None
-    undone = window.undo_attempt(once, once.head)
+    assert once.progress is not None
+    undone = window.undo_attempt(once, once.progress)
     assert (undone.window.sends_used, undone.window.sent_at_ms) == (1, [OPENED])
-    assert undone.head is not None
-    assert undone.head.unanswered_attempts == 0
+    assert undone.progress is not None
+    assert undone.progress.unanswered_attempts == 0
 
-    twice = window.record_attempt(once, once.head, OPENED + 2)
-    assert twice.head is not None
-    undone = window.undo_attempt(twice, twice.head)
+    twice = window.record_attempt(once, once.progress, OPENED + 2)
+    assert twice.progress is not None
+    undone = window.undo_attempt(twice, twice.progress)
     assert (undone.window.sends_used, undone.window.sent_at_ms) == (2, [OPENED, OPENED + 2])
-    assert undone.head is not None
-    assert undone.head.unanswered_attempts == 1
-    assert window.undo_attempt(record(0), once.head).window.sends_used == 0
+    assert undone.progress is not None
+    assert undone.progress.unanswered_attempts == 1
+    assert window.undo_attempt(record(0), once.progress).window.sends_used == 0
 
 
 def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
     once = window.record_attempt(record(), progress(), OPENED + 1)
-    assert once.head is not None
-    found = window.record_throttled(once, once.head, OPENED + 9)
+    assert once.progress is not None
+    found = window.record_throttled(once, once.progress, OPENED + 9)
     assert (found.window.throttled_at_ms, found.window.sends_used) == (OPENED + 1, 0)
-    assert found.head is not None
-    assert found.head.throttled_in_window == "in:1"
-    unknown = window.record_throttled(record(), once.head, OPENED + 9)
+    assert found.progress is not None
+    assert found.progress.throttled_in_window == "in:1"
+    unknown = window.record_throttled(record(), once.progress, OPENED + 9)
     assert unknown.window.throttled_at_ms == OPENED + 9
 
     opened = msgspec.structs.replace(once, window=SendWindow(id="in:2", opened_ms=OPENED + 3, sends_used=1))
-    found = window.record_throttled(opened, once.head, OPENED + 9)
+    found = window.record_throttled(opened, once.progress, OPENED + 9)
     assert (found.window.throttled_at_ms, found.window.sends_used) == (0, 0)
 
 
@@ -201,6 +205,6 @@ def test_an_answer_bounds_when_its_request_may_have_been_counted() -> None:
     known = record(1, sent_at_ms=[OPENED, OPENED + 1], throttled_at_ms=OPENED)
     silent = window.record_unanswered(known, progress(unanswered_attempts=1), OPENED + 9)
     assert (silent.window.sent_at_ms, silent.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)
-    assert silent.head == progress(unanswered_attempts=1)
+    assert silent.progress == progress(unanswered_attempts=1)
     taken = window.accepted(known.window, OPENED + 9)
     assert (taken.sent_at_ms, taken.throttled_at_ms) == ([OPENED, OPENED + 9], 0)

@@ -242,20 +242,20 @@ async def test_a_key_keeps_who_may_still_poll_until_nobody_may(cluster: Cluster)
     await first.leases.release(number)
     await until(cluster, lambda: number in second.owned)
     await cluster.run(3)  # it was renewed
-    assert lease(cluster, number) == Lease(owner=names[1], left=(names[0],))
+    assert lease(cluster, number) == Lease(owner=names[1], former=(names[0],))
     first.leases.draining, second.leases.draining = False, True
     await cluster.run(1.1)
-    tenure = second.leases.tenure(number)
+    tenure = second.leases.owned.get(number)
     assert tenure is not None
-    assert tenure.left == (names[0],)
+    assert tenure.former == (names[0],)
     await second.leases.release(number)
-    assert lease(cluster, number) == Lease(left=names)
+    assert lease(cluster, number) == Lease(former=names)
     await until(cluster, lambda: number in first.owned)
-    tenure = first.leases.tenure(number)
+    tenure = first.leases.owned.get(number)
     assert tenure is not None
-    tenure.left = (names[1],)
+    tenure.former = (names[1],)
     await cluster.run(2)
-    assert lease(cluster, number) == Lease(owner=names[0], left=(names[1],))
+    assert lease(cluster, number) == Lease(owner=names[0], former=(names[1],))
 
 
 async def test_who_has_nothing_open_any_more_leaves_the_list_of_a_key_that_nobody_took(cluster: Cluster) -> None:
@@ -264,16 +264,16 @@ async def test_who_has_nothing_open_any_more_leaves_the_list_of_a_key_that_nobod
     first.leases.draining = second.leases.draining = True
     number = max(first.owned)
     await first.leases.release(number)
-    await second.leases.clear_left(number)
-    assert lease(cluster, number) == Lease(left=names[:1])
-    await first.leases.clear_left(number)
+    await second.leases.clear_former(number)
+    assert lease(cluster, number) == Lease(former=names[:1])
+    await first.leases.clear_former(number)
     assert lease(cluster, number) == Lease()
     number = max(first.owned)
     await first.leases.release(number)
     second.leases.draining = False
     await until(cluster, lambda: number in second.owned)
-    await first.leases.clear_left(number)
-    assert lease(cluster, number) == Lease(owner=names[1], left=names[:1]), "who has it asks"
+    await first.leases.clear_former(number)
+    assert lease(cluster, number) == Lease(owner=names[1], former=names[:1]), "who has it asks"
 
 
 # dying ---------------------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ async def test_a_release_whose_answer_was_lost_is_one(cluster: Cluster) -> None:
     await cluster.run(2)
     await releasing
     assert number in second.working
-    assert lease(cluster, number).left == (first.leases.replica,)
+    assert lease(cluster, number).former == (first.leases.replica,)
 
 
 async def test_a_release_that_never_arrives_costs_a_lease(cluster: Cluster) -> None:
