@@ -1,4 +1,4 @@
-"""The consumers of a shard: one that keeps crashing is reported, for a restart of the process; else it goes on."""
+"""The consumers of a partition: one that keeps crashing is reported, for a restart; else it goes on."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ async def test_a_consumer_that_keeps_crashing_is_reported_and_ends(bench: Bench)
         clock=bench.clock,
         health=SimpleNamespace(report_failed_loop=lambda name, detail: failed.append((name, detail))),
     )
-    shard = bench.shard("s1")
-    assert shard.number > 0
+    partition = bench.partition("s1")
+    assert partition.number > 0
     with capture_logs() as logs:
-        await consume(replica, shard)
-    assert failed == [(topology.partition_consumer(shard.number), "crashed: ValueError")]
+        await consume(replica, partition)
+    assert failed == [(topology.partition_consumer(partition.number), "crashed: ValueError")]
     assert connection.met == ATTEMPTS
     assert [line["crashes"] for line in logs if line["event"] == "work.crashed"] == [1, 2, 3]
 
@@ -68,7 +68,7 @@ class Crashing:
 async def test_a_consumer_that_crashes_now_and_then_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     crashing = Crashing()
     monkeypatch.setattr(consumers, "Consumer", crashing)
-    running = asyncio.create_task(consume(bench.replica, bench.shard("s1")))
+    running = asyncio.create_task(consume(bench.replica, bench.partition("s1")))
     await asyncio.sleep(9.9 * DAY_S)
     assert [check.name for check in bench.replica.health.check_live()] == ["event_loop"]
     assert crashing.begun == 10

@@ -12,7 +12,7 @@ from adapter.ports import Account, Polled
 from tests.bindings.platform import Platform
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import polls, raw, texts
-from tests.outbound import shards
+from tests.outbound import partitions
 
 VIRTUAL_TIME = True
 
@@ -51,10 +51,10 @@ async def test_the_bytes_of_a_message() -> None:
 
 
 async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
-    bench, shard = await shards.ready(gap_ms=0, sends=0)
+    bench, partition = await partitions.ready(gap_ms=0, sends=0)
     bench.bus.writes.clear()
     for number in range(MESSAGES):
-        shard.on_delivery(bench.command("hello there", id=f"c{number}"))
+        partition.on_delivery(bench.command("hello there", id=f"c{number}"))
     await asyncio.sleep(60)
     assert len(bench.chat.texts) == MESSAGES
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["accepted"] * MESSAGES

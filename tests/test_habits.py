@@ -28,12 +28,11 @@ PRIVATE = {
     "bus/test_next.py": "_replicated",
     "ilink/test_connection.py": "_idle",
     "inbound/test_poller.py": "_waiting",
-    # a step that another one follows at once, and the part of a shard in which the code is to raise
+    # a step that another one follows at once, and the part of a partition in which the code is to raise
     "bus/test_fence.py": "_store_end",
     "outbound/test_poison.py": "_sandbox",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
-    "test_growth.py": "_deleted",
     "ownership/test_presence.py": "_heard",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself

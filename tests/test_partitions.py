@@ -434,8 +434,8 @@ def observed(bench: Bench, tasks: int = 0) -> None:
 
 async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size() -> None:
     bench = bound(BOTS)
-    shards: dict[int, Any] = bench.shards
-    shards[0] = Idle(f"{number:06}@im.bot" for number in range(60))
+    partitions: dict[int, Any] = bench.partitions
+    partitions[0] = Idle(f"{number:06}@im.bot" for number in range(60))
     empty = bench.metrics.expose()[0]
     poll(bench)
     observed(bench, 30_000)

@@ -634,12 +634,12 @@ def nothing_is_left(model: Model) -> list[str]:
     left = [f"OUT holds {len(found)}"] if found else []
     left += [f"failed: {each.bench.failed}" for each in model.replicas if each.bench.failed]
     left += [f"left: {number} {key.former}" for number, key in model.world.keys.items() if key.former]
-    for number, (_, shard) in model.consumers.items():
-        if depth := shard.queue_depths(Counter())[0]:
-            left.append(f"shard {number} has {depth} in flight")
-        left += [f"{each.person.key}: {len(each.queue)} queued" for each in shard.senders if each.queue]
-        if shard.tasks:
-            left.append(f"shard {number} has {shard.tasks} tasks")
+    for number, (_, partition) in model.consumers.items():
+        if depth := partition.queue_depths(Counter())[0]:
+            left.append(f"partition {number} has {depth} in flight")
+        left += [f"{each.person.key}: {len(each.queue)} queued" for each in partition.senders if each.queue]
+        if partition.tasks:
+            left.append(f"partition {number} has {partition.tasks} tasks")
     return left
 
 

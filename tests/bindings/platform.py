@@ -28,7 +28,7 @@ class Platform:
 
     def partition(self, sandbox: str = "s1") -> Partition:
         number = self.bench.names.partition_of(sandbox)
-        return self.bench.shards.get(number) or self.bench.shard(sandbox)
+        return self.bench.partitions.get(number) or self.bench.partition(sandbox)
 
     async def begin(self, sandbox: str = "s1") -> None:
         """Begins a partition, as its owner does."""
@@ -86,8 +86,8 @@ class Platform:
     def next_owner(self) -> Platform:
         """The replica that takes over, which has heard of no binding yet."""
         bench = self.bench
-        for shard in bench.shards.values():
-            shard.stop()
+        for partition in bench.partitions.values():
+            partition.stop()
         bench.leases.has_lease = False
         entries, bench.bindings_bucket.entries = bench.bindings_bucket.entries, {}
         later = Bench(bench, instance="me-2")

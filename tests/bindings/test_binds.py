@@ -173,7 +173,7 @@ async def test_while_bindings_are_lost_binds_wait(platform: Platform) -> None:
     async def wait() -> None:
         await complete.wait()
 
-    platform.bench.shard(wait_bindings=wait)
+    platform.bench.partition(wait_bindings=wait)
     delivery = platform.publish_bind()
     await asyncio.sleep(3600)
     assert (delivery.acks, platform.changes) == (0, [])
@@ -264,9 +264,9 @@ async def test_an_unbind_ends_what_waits_for_the_person_behind_a_request_that_is
     await platform.bind()
     await bench.wrote("in:1")
     bench.chat.took_s = 20
-    shard = platform.partition()
+    partition = platform.partition()
     for number in range(3):
-        shard.on_delivery(bench.command(f"words {number}", id=f"c{number}"))
+        partition.on_delivery(bench.command(f"words {number}", id=f"c{number}"))
     await asyncio.sleep(5)
     delivery = platform.publish("unbind", all=True)
     await asyncio.sleep(5)
@@ -287,14 +287,14 @@ async def test_only_the_sandbox_waits_while_it_is_unbound(platform: Platform) ->
     await bench.wrote("in:1")
     await bench.wrote("in:2", bot="b2@im.bot", user="u2@im.wechat")
     bench.chat.took_s = 20
-    shard = platform.partition()
-    shard.on_delivery(bench.command("words", id="a"))
+    partition = platform.partition()
+    partition.on_delivery(bench.command("words", id="a"))
     await asyncio.sleep(1)
     bench.chat.took_s = 0
     unbind = platform.publish("unbind", all=True)
     bind = platform.publish_bind("b3@im.bot", user="u3@im.wechat")
-    shard.on_delivery(bench.command("for the next one", id="b", user="u3@im.wechat"))
-    shard.on_delivery(bench.command("near", sandbox=near, id="c"))
+    partition.on_delivery(bench.command("for the next one", id="b", user="u3@im.wechat"))
+    partition.on_delivery(bench.command("near", sandbox=near, id="c"))
     await asyncio.sleep(5)
     assert (unbind.acks, bind.acks) == (0, 0)
     assert [(each.command, each.outcome) for each in bench.bus.receipts()] == [("c", "accepted")]

@@ -51,9 +51,9 @@ async def test_minus_14_for_ever_ends_in_needs_login_and_few_polls(poller: Polle
 async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
     """What its poll brings is told, and what waited is sent."""
     bench = await ready(STALE, STALE, STALE, batch(raw()))
-    session, shard = poller(bench), bench.shard()
+    session, partition = poller(bench), bench.partition()
     await asyncio.sleep(300)
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(20)
     assert changes(bench) == ["stale", "needs_login"]
     assert [(receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()] == [("parked", "needs_login")]
@@ -63,7 +63,7 @@ async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller
     assert binding is not None
     assert (binding.state, binding.reason) == ("active", "")
     assert (texts(bench), bench.chat.texts, session.state) == (["hello"], ["hi"], State.POLLING)
-    shard.stop()
+    partition.stop()
 
 
 async def test_only_a_poll_that_succeeds_undoes_the_verdict_and_any_owner_makes_it(poller: Poller) -> None:
@@ -138,13 +138,13 @@ async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poll
 
     bench.chat.polls.extend([polled] * 1000)
     bench.chat.on_send = sent
-    session, shard = poller(bench), bench.shard()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    session, partition = poller(bench), bench.partition()
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(1200)
     assert (changes(bench), session.state) == ([], State.POLLING)
     assert texts(bench) == ["hello"]
     assert [(receipt.command, receipt.outcome) for receipt in bench.bus.receipts()] == [("c1", "accepted")]
-    shard.stop()
+    partition.stop()
 
 
 async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> None:

@@ -32,7 +32,7 @@ class Counted(Consumer):
 
 
 class Reader:
-    """What a shard's consumer delivers."""
+    """What a partition's consumer delivers."""
 
     def __init__(
         self,

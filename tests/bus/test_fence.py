@@ -65,7 +65,7 @@ class Replica:
         history = history or StreamHistory(rig.connection, replicated=replicated)
         self.bucket = KvBucket(rig.connection, NAMES.persons, rig.publisher, replicated=replicated)
         self.persons = Persons(self.bus, history, self.bucket, NAMES, self.bench.sealer)
-        self.partition = self.bench.shard(
+        self.partition = self.bench.partition(
             bus=self.bus,
             core=CoreNats(rig.connection),
             history=history,

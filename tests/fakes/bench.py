@@ -133,14 +133,14 @@ class Bench:
         self.logins_bucket: FakeBucket = world.logins_bucket if world else FakeBucket("login", self.bus.writes)
         self.core: FakeCoreBus = FakeCoreBus(world.core if world else None)
         self.presence: Presence = Presence(self.core, self.names, self.clock, instance)
-        self.shards: dict[int, Partition] = {}
+        self.partitions: dict[int, Partition] = {}
         """By number: the partitions that work here."""
         self.keys: dict[int, Tenure] = world.keys if world else {}
         self.leases: FakeLeases = FakeLeases(self.presence, self.clock, self.keys, range(self.names.partitions))
         self.metrics: Metrics = metrics or Metrics()
         settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
         self.replica = Replica(settings, edges=FakeEdges(self))
-        self.replica.partitions.working = self.shards
+        self.replica.partitions.working = self.partitions
         self.replica.parts.sessions.polled = FakeSessions(self)
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
@@ -202,9 +202,9 @@ class Bench:
         binding = self.bindings.get(bot)
         assert binding is not None
         delivery = self.command(verb="unbind", sandbox=binding.sandbox, bot=bot)
-        shard = self.open_shard(binding.sandbox)
-        assert shard is not None
-        shard.on_delivery(delivery)
+        partition = self.open_partition(binding.sandbox)
+        assert partition is not None
+        partition.on_delivery(delivery)
         while not delivery.acks:
             await asyncio.sleep(0.1)
 
@@ -234,9 +234,9 @@ class Bench:
         """The person of a bot, as this replica has them in memory."""
         binding = self.bindings.get(bot)
         assert binding is not None
-        shard = self.open_shard(binding.sandbox)
-        assert shard is not None
-        person = shard.person(binding)
+        partition = self.open_partition(binding.sandbox)
+        assert partition is not None
+        person = partition.person(binding)
         await person.open()
         return person
 
@@ -282,9 +282,9 @@ class Bench:
 
     def deliver(self, delivery: FakeDelivery) -> None:
         """What the consumer of one of this replica's partitions does with a command."""
-        self.shards[int(delivery.subject.split(".")[2])].on_delivery(delivery)
+        self.partitions[int(delivery.subject.split(".")[2])].on_delivery(delivery)
 
-    def redeliver(self, shard: Partition) -> None:
+    def redeliver(self, partition: Partition) -> None:
         """What was not acknowledged comes again, to the next owner, as the bus has it."""
         for delivery in [one for one in self.deliveries if not one.acks]:
             stored = next(one for one in self.bus.found("OUT") if one.seq == delivery.seq)
@@ -298,7 +298,7 @@ class Bench:
             )
             self.deliveries.append(again)
             self.deliveries.remove(delivery)
-            shard.on_delivery(again)
+            partition.on_delivery(again)
 
     def parts(self, **changes: Any) -> Parts:
         """`changes`: of the parts, of the send policy, or of the window's."""
@@ -315,11 +315,11 @@ class Bench:
         }
         return replace(self.replica.parts, **usual | changes)
 
-    def shard(self, sandbox: str = "s1", left: Iterable[str] = (), **changes: Any) -> Partition:
+    def partition(self, sandbox: str = "s1", left: Iterable[str] = (), **changes: Any) -> Partition:
         """The partition of a sandbox, told of changed bindings. `left`: who may still poll and send there."""
         number = self.names.partition_of(sandbox)
         tenure = self.leases.owned[number] = self.leases.tenure_of(number, left)
-        shard = self.shards[number] = Partition(tenure, self.parts(**changes))
+        partition = self.partitions[number] = Partition(tenure, self.parts(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             here = [
@@ -327,10 +327,10 @@ class Bench:
                 for each in (before, after)
             ]
             if any(here):
-                shard.on_binding(*here)
+                partition.on_binding(*here)
 
         self.bindings.add_listener(on_change)
-        return shard
+        return partition
 
     async def run(
         self, consume: Callable[[Partition], Coroutine[Any, Any, None]], *, capacity: int = 1000, **changes: Any
@@ -365,7 +365,7 @@ class Bench:
         self.rest()
         for task in (*partitions._polling, *(owned.work for owned in partitions._owned.values())):
             task.cancel()
-        for partition in [*self.shards.values(), *partitions._leaving]:
+        for partition in [*self.partitions.values(), *partitions._leaving]:
             partition.stop()
 
     async def speak(self) -> None:
@@ -390,12 +390,12 @@ class Bench:
             self._running.cancel()
         await self.replica.partitions.drain(seconds)
 
-    def open_shard(self, sandbox: str) -> Partition | None:
+    def open_partition(self, sandbox: str) -> Partition | None:
         """The partition of a sandbox, begun now unless it has; None: it is another replica's."""
         number = self.names.partition_of(sandbox)
-        if number not in self.shards and self.leases.has_lease and number in self.leases.owned:
-            self.shard(sandbox)
-        return self.shards.get(number)
+        if number not in self.partitions and self.leases.has_lease and number in self.leases.owned:
+            self.partition(sandbox)
+        return self.partitions.get(number)
 
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
@@ -410,8 +410,8 @@ class Bench:
         """As `new_poller`, of a kind of its own."""
 
         async def open_person(binding: Binding) -> Person | None:
-            shard = self.open_shard(binding.sandbox)
-            return None if shard is None else shard.person(binding)
+            partition = self.open_partition(binding.sandbox)
+            return None if partition is None else partition.person(binding)
 
         def on_session_changed(binding: Binding) -> None:
             self.changed_sessions.append(binding.sandbox)

@@ -1,4 +1,4 @@
-"""What an input costs its reader: shard time and memory, both in proportion to what came."""
+"""What an input costs its reader: processor time and memory, both in proportion to what came."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     """Of one input."""
 
     seconds: float
-    """Of the shard."""
+    """Of the processor."""
     bytes: int
     """The most that Python had allocated for it at once."""
 

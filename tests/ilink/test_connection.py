@@ -526,7 +526,7 @@ async def test_a_header_cannot_become_two(server: Server, pool: ConnectionPool, 
 
 @pytest.mark.parametrize("kept", [False, True])
 async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept: bool) -> None:
-    """Connecting takes its time, in which a shard may be lost: asked once the connection is there."""
+    """Connecting takes its time, in which a partition may be lost: asked once the connection is there."""
     asked: list[str] = []
 
     async def look_up(host: str, port: int) -> list[str]:

@@ -63,8 +63,8 @@ class Replica:
         """As kill -9 does: nothing is finished, nothing given back."""
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        for shard in self.bench.shards.values():
-            shard.stop()
+        for partition in self.bench.partitions.values():
+            partition.stop()
         self.bench.leases.has_lease = False
         await settle()
 

@@ -151,6 +151,6 @@ async def test_a_person_that_raises_as_it_takes_a_message_costs_its_window(
     await replica.die()
     monkeypatch.setattr(window, "open_window", taken)
     successor = successor_of(bench)
-    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
+    successor.partition().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]

@@ -500,7 +500,7 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
     def block() -> None:
         busy.recv(1)
         ilink.send(b"hi")
-        time.sleep(ANSWER_GRACE_S * 2)  # stands for the others, who have the shard
+        time.sleep(ANSWER_GRACE_S * 2)  # stands for the others, who have the partition
 
     async def poll() -> bytes:
         loop, session = asyncio.get_running_loop(), Bench().new_poller("b1")

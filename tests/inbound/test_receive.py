@@ -265,9 +265,9 @@ async def test_a_repeat_renews_the_token_and_opens_no_new_window(poller: Poller)
     await asyncio.sleep(600)
     person = await bench.person()
     opened = person.state.window
-    shard = bench.shards[bench.names.partition_of("s1")]
+    partition = bench.partitions[bench.names.partition_of("s1")]
     for number in range(3):
-        shard.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
+        partition.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
     await asyncio.sleep(30)
     bench.chat.polls.append(batch(raw("ok", context_token="newer"), cursor="c"))
     session.cancel_poll()
@@ -311,7 +311,7 @@ async def test_messages_of_anybody_but_the_bots_user_are_dead_letters_and_open_n
     assert dead(bench) == [("stranger", one) for one in strange]
     assert [letter.headers[H_USER] for letter in bench.bus.found("DEAD")] == ["u2@im.wechat", "u3@im.wechat"]
     assert [binding.user for binding in bench.bindings] == [USER]
-    assert [one.user for one in bench.shards[bench.names.partition_of("s1")]] == [USER]
+    assert [one.user for one in bench.partitions[bench.names.partition_of("s1")]] == [USER]
     assert {stored.subject for stored in bench.bus.found("IN")} == {f"wechat.inbox.s1.{person_token('s1', BOT)}"}
 
 
@@ -325,7 +325,7 @@ async def test_whoever_answers_as_ilink_takes_no_bot_out_and_nobody_over() -> No
     assert bench.bindings.get("b0@im.bot") == theirs
     assert {stored.subject for stored in bench.bus.found("IN")} == {f"wechat.inbox.s1.{person_token('s1', BOT)}"}
     bench.hears(bot="b0@im.bot")
-    bench.shards[bench.names.partition_of("s1")].on_delivery(bench.command("answer", user=USER))
+    bench.partitions[bench.names.partition_of("s1")].on_delivery(bench.command("answer", user=USER))
     await asyncio.sleep(5)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b0@im.bot", "answer")]
 
@@ -340,7 +340,7 @@ async def test_what_was_written_in_a_group_is_a_dead_letter_and_in_no_inbox() ->
     assert texts(bench) == ["to you"]
     assert dead(bench) == [("group", strange), ("group", theirs), ("group", again)]
     assert [binding.user for binding in bench.bindings] == [USER]
-    open_ones = list(bench.shards[next(iter(bench.shards))])
+    open_ones = list(bench.partitions[next(iter(bench.partitions))])
     assert [(one.user, one.state.token) for one in open_ones] == [(USER, "token-3")]
     assert bench.person_bucket.entries == {}
 
@@ -389,14 +389,14 @@ async def test_a_person_takes_the_last_message_once_all_are_stored() -> None:
 async def test_a_person_whose_receipt_cannot_be_stored_delays_no_inbox(poller: Poller) -> None:
     bench = await ready()
     bench.hears()
-    shard, gate = bench.shard(), asyncio.Event()
+    partition, gate = bench.partition(), asyncio.Event()
 
     async def away(message: BusMessage) -> None:
         if message.stream == "event":
             await gate.wait()
 
     bench.bus.on_publish = away
-    shard.on_delivery(bench.command("one"))
+    partition.on_delivery(bench.command("one"))
     await asyncio.sleep(5)
     bench.chat.polls.extend([words(1), words(2, cursor="c")])
     poller(bench)
@@ -411,7 +411,7 @@ async def test_a_person_whose_receipt_cannot_be_stored_delays_no_inbox(poller: P
 async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     poller: Poller, when_closed: str
 ) -> None:
-    """Its poll still waits, and brings the message after the shard was handed over."""
+    """Its poll still waits, and brings the message after the partition was handed over."""
     bench = await ready()
     answer: asyncio.Future[Polled] = asyncio.get_running_loop().create_future()
 
@@ -424,14 +424,14 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     await bench.give(session)
     successor = Bench(bench, instance="next")
     successor.elsewhere.add(BOT)
-    shard = successor.shard(left=[bench.presence.replica])
-    waiting = asyncio.create_task(shard.handover.run())
-    shard.on_delivery(successor.command("early", id="c1", when_closed="refuse"))
+    partition = successor.partition(left=[bench.presence.replica])
+    waiting = asyncio.create_task(partition.handover.run())
+    partition.on_delivery(successor.command("early", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     answer.set_result(words(1))
     await asyncio.sleep(1)
     assert (texts(successor), successor.chat.sent, waiting.done()) == (["t1"], [], True)
-    shard.on_delivery(successor.command("answer", id="c2", when_closed=when_closed))
+    partition.on_delivery(successor.command("answer", id="c2", when_closed=when_closed))
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in successor.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
     assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
@@ -440,11 +440,11 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
 async def test_a_command_is_decided_also_where_the_newest_entry_cannot_be_read_now() -> None:
     bench = await ready()
     bench.elsewhere.add(BOT)
-    shard = bench.shard()
-    shard.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
+    partition = bench.partition()
+    partition.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
     await asyncio.sleep(35)
     bench.bus.unreadable = 1
-    shard.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
+    partition.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in bench.bus.receipts()] == [("c1", "refused"), ("c2", "refused")]
     assert bench.bus.unreadable == 0
@@ -749,8 +749,8 @@ async def frozen_with(bench: Bench, *answers: Polled, meanwhile: Callable[[], Aw
     bench.bus.forget_ids()
     await meanwhile()
     bench.leases.owned.clear()
-    for shard in bench.shards.values():
-        shard.stop()
+    for partition in bench.partitions.values():
+        partition.stop()
     bench.leases.has_lease = True
     bench.leases.changed.notify_all()
     thawed.set()
@@ -830,7 +830,7 @@ async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: P
         poller(successor)
         await asyncio.sleep(5)
         asked = len(successor.chat.asked)
-        successor.shards[bench.names.partition_of("s1")].on_delivery(successor.command("answer", id="c1"))
+        successor.partitions[bench.names.partition_of("s1")].on_delivery(successor.command("answer", id="c1"))
         await asyncio.sleep(5)
         assert [one.outcome for one in successor.bus.receipts()] == ["parked"]
 
@@ -917,7 +917,7 @@ async def test_after_a_kill_a_window_is_open_and_typing_is_not_shown_again() -> 
     shown = len(bench.chat.typing)
     await asyncio.sleep(3600)
     successor = successor_of(bench)
-    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
+    successor.partition().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [(one.outcome, one.reason) for one in successor.bus.receipts()] == [("accepted", "")]
     assert abs(successor.record().window.opened_ms - opened_ms) < 1000, "as iLink gave it, however late"

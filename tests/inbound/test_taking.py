@@ -22,7 +22,7 @@ VIRTUAL_TIME = True
 async def test_a_bot_that_waits_for_a_former_owner_delays_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()
-    bench.shard(left=["other"])
+    bench.partition(left=["other"])
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
     takeovers = asyncio.Semaphore(1)
     sessions = [bench.new_poller(bot, takeovers=takeovers) for bot in (BOT, "b2@im.bot")]
@@ -77,11 +77,11 @@ async def test_a_poller_whose_partition_was_lost_polls_no_more(poller: Poller) -
 
 async def test_a_bot_that_is_lost_while_it_waits_for_a_former_owner_is_not_polled(poller: Poller) -> None:
     bench = await ready()
-    shard = bench.shard(left=["other"])
+    partition = bench.partition(left=["other"])
     session = poller(bench)
     await asyncio.sleep(5)
     bench.leases.owned.clear()
-    shard.handover.changed.notify_all()
+    partition.handover.changed.notify_all()
     await asyncio.sleep(1)
     assert (session.state, bench.chat.asked) == (State.ENDED, [])
 

@@ -76,9 +76,9 @@ class Doors:
             self._look()
             waiting = [each for each in self.bench.bus.found("OUT") if each.seq not in done]
             for message in waiting if self.is_applied else []:
-                shard = self.bench.open_shard(message.subject.rpartition(".")[2])
-                assert shard is not None
-                shard.on_delivery(
+                partition = self.bench.open_partition(message.subject.rpartition(".")[2])
+                assert partition is not None
+                partition.on_delivery(
                     FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=message.time_ms)
                 )
                 done.add(message.seq)

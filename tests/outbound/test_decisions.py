@@ -27,7 +27,7 @@ from adapter.bridge.window import WindowPolicy
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ports import Accepted, Content, MediaKind, Uploaded
 from tests.fakes import FakeDelivery
-from tests.outbound.shards import rows
+from tests.outbound.partitions import rows
 
 NOW = 1_000_000_000
 POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0), gap_ms=0, merge_chars=100)

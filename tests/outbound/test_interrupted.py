@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from adapter.contract.names import person_token
 from adapter.errors import Temporary
 from tests.fakes import Bench, FakeDelivery, settle
-from tests.outbound.shards import BOT, STALE, THROTTLED, USER, free_slots, outcomes, ready, user_writes
+from tests.outbound.partitions import BOT, STALE, THROTTLED, USER, free_slots, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -29,9 +29,9 @@ def media(bench: Bench, data: bytes, **fields: Any) -> FakeDelivery:
 
 
 async def test_the_drain_of_a_shard_whose_records_cannot_be_stored_has_an_end() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.person_bucket.on_write = hang
-    shard.on_delivery(bench.command("a"))
+    partition.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
     await bench.drain(20)
@@ -41,11 +41,11 @@ async def test_the_drain_of_a_shard_whose_records_cannot_be_stored_has_an_end() 
 
 
 async def test_the_upload_of_an_expired_command_is_not_taken_for_the_next_one() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.cdn.took_s = 30.0
 
-    shard.on_delivery(media(bench, b"AAAA", id="a", expires_in_s=20))
-    shard.on_delivery(media(bench, b"BBBB", id="b"))
+    partition.on_delivery(media(bench, b"AAAA", id="a", expires_in_s=20))
+    partition.on_delivery(media(bench, b"BBBB", id="b"))
     await asyncio.sleep(120)
     assert outcomes(bench) == [("a", "refused", "expired"), ("b", "accepted", "")]
     data = {f"ref{number}": upload.data for number, upload in enumerate(bench.cdn.uploads, 1)}
@@ -53,21 +53,21 @@ async def test_the_upload_of_an_expired_command_is_not_taken_for_the_next_one() 
 
 
 async def test_minus_14_asks_for_the_session_of_the_bot_that_sent() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(state="needs_login")
     await bench.bind(bot="b2@im.bot", user=USER)
     await user_writes(bench, bot="b2@im.bot")
     bench.chat.sends.extend([STALE] * 20)
-    shard.on_delivery(bench.command("a", id="a"))
+    partition.on_delivery(bench.command("a", id="a"))
     await asyncio.sleep(400)
     assert outcomes(bench) == [("a", "refused", "rejected")]
     assert {sent.bot for sent in bench.chat.sent} == {"b2@im.bot"}
 
 
 async def test_a_new_bot_of_the_user_uploads_what_its_predecessor_could_not_send() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.append(Temporary("network"))
-    shard.on_delivery(media(bench, b"AAAA", id="file"))
+    partition.on_delivery(media(bench, b"AAAA", id="file"))
     await asyncio.sleep(0.5)
     await bench.bind(bot=AGAIN)
     await bench.bindings.remove(BOT)
@@ -81,9 +81,9 @@ async def test_a_new_bot_of_the_user_uploads_what_its_predecessor_could_not_send
 
 async def test_what_was_uploaded_before_it_was_parked_is_uploaded_again() -> None:
     """iLink keeps uploads for a time that nobody knows."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.append(THROTTLED)
-    shard.on_delivery(media(bench, b"AAAA", id="file"))
+    partition.on_delivery(media(bench, b"AAAA", id="file"))
     await asyncio.sleep(40 * 3600)
     await user_writes(bench)
     await asyncio.sleep(30)
@@ -92,7 +92,7 @@ async def test_what_was_uploaded_before_it_was_parked_is_uploaded_again() -> Non
 
 
 async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
 
     async def erase(_: str) -> None:
         bench.person_bucket.on_write = None
@@ -100,7 +100,7 @@ async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> 
 
     bench.person_bucket.on_write = erase
     with capture_logs() as logs:
-        shard.on_delivery(bench.command("hi", id="c1"))
+        partition.on_delivery(bench.command("hi", id="c1"))
         await asyncio.sleep(10)
     assert bench.chat.sent == []
     assert outcomes(bench) == [("c1", "refused", "not_bound")]

@@ -14,7 +14,7 @@ from adapter.bridge.record import CommandRef
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench
-from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
+from tests.outbound.partitions import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -25,12 +25,12 @@ TIMEOUT = Uncertain("timeout", "no answer")
 
 async def waiting(*texts: str, **changes: Any) -> tuple[Bench, Partition]:
     """A user whose window is closed, and texts parked for them, as c0, c1, …"""
-    bench, shard = await ready(is_open=False, **{"merge_chars": CHARS, **changes})
+    bench, partition = await ready(is_open=False, **{"merge_chars": CHARS, **changes})
     for number, text in enumerate(texts):
-        shard.on_delivery(bench.command(text, id=f"c{number}"))
+        partition.on_delivery(bench.command(text, id=f"c{number}"))
     await asyncio.sleep(5)
     assert len(parked(bench)) == len(texts)
-    return bench, shard
+    return bench, partition
 
 
 def final_receipts(bench: Bench) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -58,17 +58,17 @@ async def test_what_was_parked_arrives_in_one_message_and_each_has_its_receipt()
 @pytest.mark.parametrize("place", [0, 1], ids=["first", "in-between"])
 async def test_one_that_was_sent_and_is_published_again_takes_no_other_with_it(place: int) -> None:
     """That it was sent, over another bot, was not known when it was parked."""
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    bench, partition = await ready(is_open=False, merge_chars=CHARS)
     idents = ["a", "b"]
     idents.insert(place, "c")
     for ident in idents:
-        shard.on_delivery(bench.command(ident, id=ident))
+        partition.on_delivery(bench.command(ident, id=ident))
     await asyncio.sleep(5)
     assert parked(bench) == idents
-    shard.stop()
+    partition.stop()
     bench.hears(recent=[CommandRef(sequence=77, stored_ms=1, id="c", is_named=True)], opened_ms=0)
     successor = Bench(bench, instance="next-1")
-    bench.redeliver(successor.shard(merge_chars=CHARS))
+    bench.redeliver(successor.partition(merge_chars=CHARS))
     await user_writes(successor)
     await asyncio.sleep(30)
     assert shown(bench) == ["a", "b"]
@@ -100,7 +100,7 @@ async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> 
 
 async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them is not shown at first; afterwards the replica has as much room as before."""
-    bench, shard = await waiting(*("x" * 200 for _ in range(10)))
+    bench, partition = await waiting(*("x" * 200 for _ in range(10)))
     asked, get = list[int](), bench.bus.get
 
     async def noted(stream: str, seq: int) -> Any:
@@ -108,7 +108,7 @@ async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypa
         return await get(stream, seq)
 
     monkeypatch.setattr(bench.bus, "get", noted)
-    shard.parts.bodies.most = 1000
+    partition.parts.bodies.most = 1000
     show = hide(bench, 5)
     await user_writes(bench)
     await asyncio.sleep(8)
@@ -116,14 +116,14 @@ async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypa
     await asyncio.sleep(60)
     assert len(finals(bench)) == 10
     asked.clear()
-    shard.on_delivery(bench.command("y" * 900, id="next"))
+    partition.on_delivery(bench.command("y" * 900, id="next"))
     await asyncio.sleep(5)
     assert bench.chat.texts[-1] == "y" * 900
     assert asked == []
 
 
 async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    bench, partition = await ready(is_open=False, merge_chars=CHARS)
     two = [{"kind": "text", "text": "c"}, {"kind": "text", "text": "d"}]
     file = [{"kind": "file", "data": "aGVsbG8=", "name": "f"}]
     for delivery in (
@@ -135,7 +135,7 @@ async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
         bench.command("g"),
         bench.command("h < i"),
     ):
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
     await asyncio.sleep(5)
     await user_writes(bench)
     await asyncio.sleep(60)
@@ -145,9 +145,9 @@ async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
 
 
 async def test_a_repeated_id_in_a_flush_is_sent_once() -> None:
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
+    bench, partition = await ready(is_open=False, merge_chars=CHARS)
     for text, ident in (("a", "c1"), ("b", "c2"), ("a again", "c1"), ("d", "c4")):
-        shard.on_delivery(bench.command(text, id=ident))
+        partition.on_delivery(bench.command(text, id=ident))
     await asyncio.sleep(5)
     await user_writes(bench)
     await asyncio.sleep(30)
@@ -206,17 +206,17 @@ async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time(
 # expiry --------------------------------------------------------------------------------------------------
 
 
-async def impatient(bench: Bench, shard: Partition, *seconds: float) -> None:
+async def impatient(bench: Bench, partition: Partition, *seconds: float) -> None:
     """Parks t0, t1, … that live so long."""
     for number, expires_in_s in enumerate(seconds):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
+        partition.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
     await asyncio.sleep(2)
 
 
 @pytest.mark.parametrize("expires_in_s", [(60.0, 900.0), (900.0, 60.0)], ids=["first", "second"])
 async def test_one_that_expires_while_nothing_is_taken_leaves_the_others(expires_in_s: tuple[float, ...]) -> None:
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
-    await impatient(bench, shard, *expires_in_s)
+    bench, partition = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, partition, *expires_in_s)
     bench.chat.sends.extend([Temporary("network")] * 12)
     await user_writes(bench)
     await asyncio.sleep(800)
@@ -227,8 +227,8 @@ async def test_one_that_expires_while_nothing_is_taken_leaves_the_others(expires
 
 async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> None:
     """To refuse one as unsent could be a lie, and without it the repeat would be another message."""
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
-    await impatient(bench, shard, 900, 60)
+    bench, partition = await ready(is_open=False, merge_chars=CHARS)
+    await impatient(bench, partition, 900, 60)
     bench.chat.sends.append(TIMEOUT)
     bench.chat.notify_fails = Temporary("network")
     await user_writes(bench)
@@ -237,7 +237,7 @@ async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> 
     await asyncio.sleep(10)
     assert final_receipts(bench) == [("c0", "uncertain", ()), ("c1", "uncertain", ())]
     for ident in ("c0", "c1"):
-        shard.on_delivery(bench.command("again", id=ident))
+        partition.on_delivery(bench.command("again", id=ident))
     await user_writes(bench)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0\n\nt1"]
@@ -245,10 +245,10 @@ async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> 
 
 
 async def test_a_drain_does_not_wait_for_an_upload() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.cdn.hold[USER] = asyncio.Event()
     delivery = bench.command(items=[{"kind": "file", "data": "aGVsbG8="}], id="c1")
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(1)
     began = bench.clock.monotonic()
     await bench.drain(100.0)
@@ -256,30 +256,30 @@ async def test_a_drain_does_not_wait_for_an_upload() -> None:
     assert (delivery.acks, bench.chat.sent) == (0, [])
     bench.cdn.hold.clear()
     successor = Bench(bench, instance="next-1")
-    second = successor.shard()
+    second = successor.partition()
     successor.redeliver(second)
     await asyncio.sleep(5)
     assert (len(bench.chat.sent), [one.acks for one in bench.deliveries]) == (1, [1])
 
 
 async def test_a_slow_upload_delays_nobody_else() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
     bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     bench.cdn.hold[USER] = asyncio.Event()
     file = [{"kind": "file", "data": "aGVsbG8="}]
     for number in range(20):
-        shard.on_delivery(bench.command(items=file, bot=BOT, id=f"slow{number}"))
+        partition.on_delivery(bench.command(items=file, bot=BOT, id=f"slow{number}"))
     for number in range(3):
-        shard.on_delivery(bench.command(items=file, bot="b2@im.bot", id=f"c{number}"))
+        partition.on_delivery(bench.command(items=file, bot="b2@im.bot", id=f"c{number}"))
     await asyncio.sleep(3 * GAP_S)
     assert [command for command, *_ in final_receipts(bench)] == ["c0", "c1", "c2"]
-    shard.stop()
+    partition.stop()
 
 
 async def test_parked_media_are_brought_when_they_may_go() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command(items=[{"kind": "file", "media": {"object": "s1/x"}}], id="c1"))
+    bench, partition = await ready(is_open=False)
+    partition.on_delivery(bench.command(items=[{"kind": "file", "media": {"object": "s1/x"}}], id="c1"))
     await asyncio.sleep(5)
     assert bench.cdn.asked == 0
     bench.objects.stored["s1/x"] = b"hello"

@@ -17,7 +17,7 @@ from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.ports import Account, BusMessage, Content
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeDelivery
-from tests.outbound.shards import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
+from tests.outbound.partitions import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -31,8 +31,8 @@ Fault = Callable[[pytest.MonkeyPatch, Bench, Partition, Bugs], None]
 def calling(find: Callable[[Bench, Partition], object], name: str, is_at_fault: Callable[..., bool]) -> Fault:
     """What raises is `name` of the found object, at calls that `is_at_fault`."""
 
-    def fault(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
-        owner = find(bench, shard)
+    def fault(patch: pytest.MonkeyPatch, bench: Bench, partition: Partition, bugs: Bugs) -> None:
+        owner = find(bench, partition)
         real = getattr(owner, name)
 
         def fails(*args: Any, **fields: Any) -> Any:
@@ -61,7 +61,7 @@ def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Partition, bugs: B
     bench.chat.on_send = fails
 
 
-def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
+def receipt(patch: pytest.MonkeyPatch, bench: Bench, partition: Partition, bugs: Bugs) -> None:
     async def fails(message: BusMessage) -> None:
         if ".receipt." in message.subject and b'"bad"' in message.payload:
             bugs.strike()
@@ -69,7 +69,7 @@ def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bug
     bench.bus.on_publish = fails
 
 
-def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bugs) -> None:
+def checking(patch: pytest.MonkeyPatch, bench: Bench, partition: Partition, bugs: Bugs) -> None:
     """iLink says -14 to the command at fault, and notifystart raises."""
     real = bench.chat.send
 
@@ -79,7 +79,7 @@ def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Partition, bugs: Bu
         return await real(account, content=content, **fields)
 
     patch.setattr(bench.chat, "send", refuses)
-    calling(lambda bench, _: bench.chat, "notify", always)(patch, bench, shard, bugs)
+    calling(lambda bench, _: bench.chat, "notify", always)(patch, bench, partition, bugs)
 
 
 def of_bad(*args: Any, **_: Any) -> bool:
@@ -122,8 +122,8 @@ class Step(NamedTuple):
 
 
 CHAT = lambda bench, _: bench.chat  # noqa: E731
-SANDBOX = lambda _, shard: shard._sandbox("s1")  # noqa: E731
-SHOWN = lambda _, shard: shard.typing  # noqa: E731
+SANDBOX = lambda _, partition: partition._sandbox("s1")  # noqa: E731
+SHOWN = lambda _, partition: partition.typing  # noqa: E731
 STEPS = [
     Step("read", calling(lambda *_: outbound, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
     Step("place", calling(SANDBOX, "_binding_for", of_bad), outlives=0),
@@ -160,7 +160,7 @@ async def two_users() -> tuple[Bench, Partition]:
     bench.hears()
     bench.hears("s1", OTHER, bot=OTHER_BOT)
     bench.objects.stored["s1/x"] = b"hello"
-    return bench, bench.shard(gap_ms=0)
+    return bench, bench.partition(gap_ms=0)
 
 
 async def three_commands(
@@ -168,9 +168,9 @@ async def three_commands(
 ) -> tuple[Bench, Partition, list[FakeDelivery]]:
     """One before the one at fault, one behind it, and one for another user."""
     bugs = Bugs(0)
-    bench, shard = await two_users()
-    take = shard.on_delivery
-    step.fault(patch, bench, shard, bugs)
+    bench, partition = await two_users()
+    take = partition.on_delivery
+    step.fault(patch, bench, partition, bugs)
     before = bench.command("before", id="before", user=USER)
     take(before)
     await asyncio.sleep(1)
@@ -184,12 +184,12 @@ async def three_commands(
     take(after)
     await asyncio.sleep(400)
     bugs.left = 0
-    return bench, shard, [before, bad, after]
+    return bench, partition, [before, bad, after]
 
 
-def check_nothing_is_left(bench: Bench, shard: Partition, deliveries: list[FakeDelivery]) -> None:
-    assert shard.queue_depths(Counter()) == (0, None)
-    assert shard.tasks == 0
+def check_nothing_is_left(bench: Bench, partition: Partition, deliveries: list[FakeDelivery]) -> None:
+    assert partition.queue_depths(Counter()) == (0, None)
+    assert partition.tasks == 0
     assert free_slots(bench) == 8
     assert [one.acks for one in deliveries] == [1, 1, 1]
     assert bench.chat.overlaps == 0
@@ -200,7 +200,7 @@ def check_nothing_is_left(bench: Bench, shard: Partition, deliveries: list[FakeD
 async def test_the_command_at_fault_ends_and_the_others_go_on(
     step: Step, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, shard, deliveries = await three_commands(step, step.times, monkeypatch)
+    bench, partition, deliveries = await three_commands(step, step.times, monkeypatch)
     own = [one for one in ended(bench) if one[0] != "other"]
     assert own == [("before", *SENT), ("bad", *step.ending), ("after", *SENT)]
     assert ("other", *SENT) in ended(bench)
@@ -210,20 +210,20 @@ async def test_the_command_at_fault_ends_and_the_others_go_on(
     assert dead(bench) == ([("crashed", "wechat.out.s1", body)] if step.ending == DEAD else [])
     assert captured.crashes()
     assert WORDS.encode() not in captured.getvalue()
-    check_nothing_is_left(bench, shard, deliveries)
+    check_nothing_is_left(bench, partition, deliveries)
 
 
 @pytest.mark.parametrize(("step", "times"), [(one, n + 1) for one in STEPS for n in range(one.outlives)])
 async def test_a_fault_that_ends_leaves_the_command_as_it_is(
     step: Step, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, shard, deliveries = await three_commands(step, times, monkeypatch)
+    bench, partition, deliveries = await three_commands(step, times, monkeypatch)
     own = [one for one in ended(bench) if one[0] != "other"]
     assert own == [("before", *SENT), ("bad", *SENT), ("after", *SENT)]
     assert dead(bench) == []
     if step.body is TEXT:
         assert [one.text for one in bench.chat.taken.values() if one.user == USER] == ["before", WORDS, "after"]
-    check_nothing_is_left(bench, shard, deliveries)
+    check_nothing_is_left(bench, partition, deliveries)
 
 
 # what is no single command's fault --------------------------------------------------------------------------
@@ -243,9 +243,9 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
         return Account(binding.bot, binding.token, "")
 
     monkeypatch.setattr(sessions, "account_of", account)
-    shard = bench.shard(gap_ms=0)
+    partition = bench.partition(gap_ms=0)
     for text, user in ((WORDS, USER), ("for another", OTHER), ("after", USER)):
-        shard.on_delivery(bench.command(text, id=text, user=user))
+        partition.on_delivery(bench.command(text, id=text, user=user))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["for another"]
     assert parked(bench) == [WORDS, "after"]
@@ -257,11 +257,11 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
 
 async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands beyond the room of the replica."""
-    bench, shard = await ready(gap_ms=0, bodies=Bodies(100))
+    bench, partition = await ready(gap_ms=0, bodies=Bodies(100))
     bugs = Bugs(2)
-    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
+    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, partition, bugs)
     for number in range(20):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        partition.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bugs.left == 0
     assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
@@ -269,10 +269,10 @@ async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.Monk
 
 
 async def test_what_crashes_at_each_attempt_is_tried_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, shard = await ready(gap_ms=0, bodies=Bodies(0))
+    bench, partition = await ready(gap_ms=0, bodies=Bodies(0))
     bugs = Bugs(ALWAYS)
-    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
-    shard.on_delivery(bench.command("hi", id="c1"))
+    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, partition, bugs)
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert [(one.command, one.outcome) for one in finals(bench)] == [("c1", "dead_lettered")]
     assert ALWAYS - bugs.left == 3 + 1  # once for the dead letter
@@ -280,20 +280,20 @@ async def test_what_crashes_at_each_attempt_is_tried_three_times(monkeypatch: py
 
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command stays on the bus for the next owner, who does not send it again."""
-    bench, shard = await ready(gap_ms=0)
+    bench, partition = await ready(gap_ms=0)
     bugs = Bugs(ALWAYS)
-    receipt(monkeypatch, bench, shard, bugs)
+    receipt(monkeypatch, bench, partition, bugs)
     bad = bench.command(WORDS, id="bad")
-    shard.on_delivery(bad)
-    shard.on_delivery(bench.command("after", id="after"))
+    partition.on_delivery(bad)
+    partition.on_delivery(bench.command("after", id="after"))
     await asyncio.sleep(60)
     assert ended(bench) == [("after", *SENT)]
     assert bad.acks == 0
-    assert shard.tasks == 0
-    shard.stop()
+    assert partition.tasks == 0
+    partition.stop()
     bugs.left = 0
     heir = Bench(bench, instance="heir-1")
-    heir.redeliver(heir.shard(gap_ms=0))
+    heir.redeliver(heir.partition(gap_ms=0))
     await asyncio.sleep(30)
     assert bench.chat.texts == [WORDS, "after"]
     assert [(one.command, one.outcome, one.repeat_of) for one in finals(bench)][1:] == [("bad", "uncertain", 0)]
@@ -303,29 +303,29 @@ async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypat
 async def test_a_command_that_comes_as_another_ends_that_made_opening_raise_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bugs = Bugs(3)
-    calling(lambda bench, _: bench.persons, "load", always)(monkeypatch, bench, shard, bugs)
+    calling(lambda bench, _: bench.persons, "load", always)(monkeypatch, bench, partition, bugs)
 
     async def slow(_: BusMessage) -> None:
         await asyncio.sleep(1)
 
     bench.bus.on_publish = slow
-    shard.on_delivery(bench.command(WORDS, id="bad"))
+    partition.on_delivery(bench.command(WORDS, id="bad"))
     while bugs.left:
         await asyncio.sleep(0.1)
-    shard.on_delivery(bench.command("after", id="after"))
+    partition.on_delivery(bench.command("after", id="after"))
     await asyncio.sleep(30)
     assert ended(bench) == [("bad", *DEAD), ("after", *SENT)]
     assert bench.chat.texts == ["after"]
-    assert shard.tasks == 0
+    assert partition.tasks == 0
 
 
 async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_cannot_be_saved() -> None:
-    bench, shard = await ready(gap_ms=0)
+    bench, partition = await ready(gap_ms=0)
     hold = bench.chat.hold_sends[USER] = asyncio.Event()
     for text in (WORDS, "after"):
-        shard.on_delivery(bench.command(text, id=text))
+        partition.on_delivery(bench.command(text, id=text))
     await asyncio.sleep(1)
     bugs = Bugs(ALWAYS)
 
@@ -348,15 +348,15 @@ async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_canno
 
 
 async def three_parked(**changes: Any) -> tuple[Bench, Partition]:
-    bench, shard = await ready(is_open=False, gap_ms=0, **changes)
+    bench, partition = await ready(is_open=False, gap_ms=0, **changes)
     for text in ("before", WORDS, "after"):
-        shard.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
-    return bench, shard
+        partition.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
+    return bench, partition
 
 
 async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, shard = await three_parked()
-    receipt(monkeypatch, bench, shard, Bugs(3))
+    bench, partition = await three_parked()
+    receipt(monkeypatch, bench, partition, Bugs(3))
     await asyncio.sleep(30)
     assert parked(bench) == ["before", "after"]
     assert ended(bench) == [("bad", *DEAD)]
@@ -364,7 +364,7 @@ async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypa
     await asyncio.sleep(30)
     assert bench.chat.texts == ["before", "after"]
     assert ended(bench) == [("bad", *DEAD), ("before", *SENT), ("after", *SENT)]
-    assert shard.queue_depths(Counter()) == (0, None)
+    assert partition.queue_depths(Counter()) == (0, None)
 
 
 @pytest.mark.parametrize("merge_chars", [0, 3000])
@@ -372,25 +372,27 @@ async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypa
 async def test_of_what_cannot_be_read_back_the_one_at_fault_ends_alone(
     merge_chars: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, shard = await three_parked(merge_chars=merge_chars)
+    bench, partition = await three_parked(merge_chars=merge_chars)
     await asyncio.sleep(5)
-    load = calling(lambda _, shard: shard.commands, "_read", lambda commands: 2 in [one.sequence for one in commands])
-    load(monkeypatch, bench, shard, Bugs(times))
+    load = calling(
+        lambda _, partition: partition.commands, "_read", lambda commands: 2 in [one.sequence for one in commands]
+    )
+    load(monkeypatch, bench, partition, Bugs(times))
     await user_writes(bench)
     await asyncio.sleep(60)
     texts = [text for sent in bench.chat.texts for text in sent.split("\n\n")]
     assert texts == (["before", "after"] if times == ALWAYS else ["before", WORDS, "after"])
     ending = DEAD if times == ALWAYS else SENT
     assert ended(bench) == [("before", *SENT), ("bad", *ending), ("after", *SENT)]
-    assert shard.queue_depths(Counter()) == (0, None)
+    assert partition.queue_depths(Counter()) == (0, None)
 
 
 async def test_merged_texts_that_may_have_left_are_all_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, shard = await three_parked(merge_chars=3000)
+    bench, partition = await three_parked(merge_chars=3000)
     await asyncio.sleep(5)
-    once_it_has_left(monkeypatch, bench, shard, Bugs(ALWAYS))
+    once_it_has_left(monkeypatch, bench, partition, Bugs(ALWAYS))
     await user_writes(bench)
-    shard.on_delivery(bench.command("last", id="last"))
+    partition.on_delivery(bench.command("last", id="last"))
     await asyncio.sleep(400)
     assert ended(bench) == [*((one, *UNCERTAIN) for one in ("before", "bad", "after")), ("last", *SENT)]
     assert len({sent.client_id for sent in bench.chat.sent if WORDS in sent.text}) == 1

@@ -16,7 +16,7 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
 from adapter.errors import BusRefused, StaleRead, Temporary
 from adapter.ports import BusMessage
 from tests.fakes import Bench, FakeDelivery
-from tests.outbound.shards import ready
+from tests.outbound.partitions import ready
 
 VIRTUAL_TIME = True
 
@@ -174,10 +174,10 @@ async def test_a_receipt_that_is_refused_again_is_a_dead_letter(bench: Bench) ->
 
 
 async def test_a_command_whose_receipt_can_be_stored_nowhere_is_not_acknowledged() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     refusing(bench, "event", "dead")
     delivery = bench.command("hi", id="c1")
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(30)
     assert (bench.chat.texts, delivery.acks) == (["hi"], 0)
     refusing(bench)
@@ -188,7 +188,7 @@ async def test_a_command_whose_receipt_can_be_stored_nowhere_is_not_acknowledged
 
 async def test_a_command_has_its_receipt_although_its_dead_letter_makes_the_code_raise() -> None:
     """It was left without receipt, dead letter and acknowledgement, and blocked each erasure of anybody."""
-    bench, shard = await ready()
+    bench, partition = await ready()
 
     async def fail(message: BusMessage) -> None:
         if message.stream == "dead":
@@ -196,7 +196,7 @@ async def test_a_command_has_its_receipt_although_its_dead_letter_makes_the_code
 
     bench.bus.on_publish = fail
     delivery = bench.command(data=b'{"text":1}', id="c1")
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(30)
     assert [(receipt.sequence, receipt.outcome) for receipt in bench.bus.receipts()] == [(1, "dead_lettered")]
     assert delivery.acks == 1

@@ -11,7 +11,7 @@ from adapter.bridge.record import SentText
 from adapter.contract.names import person_token
 from tests.fakes import Bench
 from tests.newer import made_newer
-from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
+from tests.outbound.partitions import BOT, USER, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -28,9 +28,9 @@ async def test_nothing_is_written_for_a_person_because_a_message_came() -> None:
 
 
 async def test_a_send_writes_the_record_once_before_its_request() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.bus.writes.clear()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert bench.bus.writes == ["person", "event"]
 
@@ -46,43 +46,43 @@ async def test_the_cursor_of_a_silent_person_is_stored_once_a_day() -> None:
 
 
 async def test_a_person_who_is_gone_leaves_memory() -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
     await bench.unbind()
-    shard.evict_idle()
-    assert [*shard] == []
+    partition.evict_idle()
+    assert [*partition] == []
     assert bench.records() == {}, "its record ends with the person's time"
 
 
 async def test_a_bot_is_unbound_once_nothing_of_its_user_is_in_flight() -> None:
     """Or an erasure would leave the receipt and the record that come later."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.took_s = 20.0
     for ident in ("c1", "c2"):
-        shard.on_delivery(bench.command("hi", id=ident))
+        partition.on_delivery(bench.command("hi", id=ident))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
     await bench.unbind()
     assert 14 < bench.clock.monotonic() - began < 18
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "not_bound")]
-    shard.on_delivery(bench.command("hi", id="c3"))
+    partition.on_delivery(bench.command("hi", id="c3"))
     await asyncio.sleep(1)
     assert outcomes(bench)[2:] == [("c3", "refused", "not_bound")]
 
 
 async def test_what_was_of_a_former_time_does_not_come_back() -> None:
     """The same user is bound again, and the record of before is still there."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.hears(sent=[SentText(id="1", kind="text", text="your secret")])
     await bench.person()
     await bench.bindings.remove(BOT)
-    shard.evict_idle()
+    partition.evict_idle()
     await bench.bind(since=-7)
     person = await bench.person()
     assert (person.state.sent, person.state.token) == ([], "")
     await bench.wrote("in:3")
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "accepted", "")]
     assert (bench.record().window.id, bench.record().sent) == ("in:3", [])
@@ -90,17 +90,17 @@ async def test_what_was_of_a_former_time_does_not_come_back() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"sealed": 3}], ids=["with more in it", "of another form"])
 async def test_a_record_of_a_newer_version_holds_its_own_person_only(fields: dict[str, object]) -> None:
-    """In the middle of an upgrade: a newer replica has handed its shard to this one."""
-    bench, shard = await ready()
+    """In the middle of an upgrade: a newer replica has handed its partition to this one."""
+    bench, partition = await ready()
     (entry,) = bench.person_bucket.entries.values()
     text = made_newer(entry.value or b"", **fields)
     bench.person_bucket.put(KEY, text)
     await bench.bind(bot=AGAIN, user="u2@im.wechat")
     bench.hears(user="u2@im.wechat", bot=AGAIN)
     with capture_logs() as logs:
-        shard.on_delivery(bench.command("waits", id="c1", user=USER))
-        shard.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
-        shard.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
+        partition.on_delivery(bench.command("waits", id="c1", user=USER))
+        partition.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
+        partition.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
         writing = asyncio.create_task(user_writes(bench))
         await bench.bind(token="another")
         await asyncio.sleep(60)
@@ -122,7 +122,7 @@ async def test_a_record_that_no_key_opens_is_neither_overwritten_nor_sent_by() -
     successor = Bench(bench, instance="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
     with capture_logs() as logs:
-        successor.shard().on_delivery(successor.command("hi", id="c1"))
+        successor.partition().on_delivery(successor.command("hi", id="c1"))
         await asyncio.sleep(60)
     assert (outcomes(successor), successor.chat.sent) == ([], [])
     assert successor.person_bucket.entries[KEY] == before
@@ -137,12 +137,12 @@ async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_
     bench, _ = await ready()
     successor = Bench(bench, instance="me-2", token_key=(bytes(range(32)),))
     await successor.bind()
-    shard = successor.shard()
+    partition = successor.partition()
     if is_redelivered:
         successor.command("hi", id="c1")
-        successor.redeliver(shard)
+        successor.redeliver(partition)
     else:
-        shard.on_delivery(successor.command("hi", id="c1"))
+        partition.on_delivery(successor.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert outcomes(successor) == []
     await asyncio.wait_for(successor.unbind(), 60)
@@ -152,14 +152,14 @@ async def test_what_waits_for_somebody_who_is_gone_ends_also_where_no_key_opens_
 
 @pytest.mark.parametrize("is_newer", [True, False])
 async def test_what_another_has_written_that_cannot_be_read_here_ends_the_command_in_time(is_newer: bool) -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.person()
     if is_newer:
         bench.hears(newer=True)
     else:
         Bench(bench, instance="me-2", token_key=(bytes(range(32)),)).hears()
     before = bench.person_bucket.entries[KEY]
-    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
+    partition.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(30)
     assert outcomes(bench) == []
     await asyncio.sleep(60)
@@ -169,11 +169,11 @@ async def test_what_another_has_written_that_cannot_be_read_here_ends_the_comman
 
 
 async def test_a_delete_marker_that_goes_takes_nothing_from_memory() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     bench.person_bucket.put(KEY, None)
     await user_writes(bench)
     del bench.person_bucket.entries[KEY]
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "accepted", "")]
     assert bench.record().token == "AARz"

@@ -134,16 +134,16 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
     (copy,) = bench.bus.found("OUT")
     assert identity(copy).stored_ms == late.time_ms
     bench.stale.add("b1@im.bot")
-    shard = bench.shard()
-    shard.on_delivery(bench.command(data=copy.data, headers=copy.headers))
+    partition = bench.partition()
+    partition.on_delivery(bench.command(data=copy.data, headers=copy.headers))
     await asyncio.sleep(9)
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
     if with_heir:
-        shard.stop()
+        partition.stop()
         successor = Bench(bench, instance="next-1")
         successor.stale.add("b1@im.bot")
         again = bench.command(data=copy.data, headers=copy.headers, redelivered=True)
-        successor.shard().on_delivery(again)
+        successor.partition().on_delivery(again)
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
     assert {receipt.received_at_ms for receipt in bench.bus.receipts()} == {late.time_ms}
@@ -165,11 +165,11 @@ async def test_a_receipt_has_the_time_of_the_command_and_not_of_its_copy(
     (copy,) = bench.bus.found("OUT")
     delivery = bench.command(data=copy.data, headers=copy.headers)
     again = delivery.again()
-    bench.shard().on_delivery(delivery)
+    bench.partition().on_delivery(delivery)
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
-    Bench(bench, instance="next-1").shard().on_delivery(again)
+    Bench(bench, instance="next-1").partition().on_delivery(again)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
 
@@ -261,7 +261,7 @@ async def test_what_was_refused_is_not_sent_when_it_comes_again_and_there_is_roo
     bench.bus.refuse = lambda _: None
     await route(router(Bench(bench)), delivery.again())
     second = as_delivered(bench)
-    bench.shard().on_delivery(second)
+    bench.partition().on_delivery(second)
     await asyncio.sleep(5)
     assert [(receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()] == [("refused", "quota")]
     assert (bench.chat.sent, second.acks) == ([], 1)
@@ -275,10 +275,10 @@ async def test_what_was_stored_before_a_bind_is_not_for_whom_it_bound(is_named: 
     await bench.bindings.remove("b1@im.bot")
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat", since=before.seq)
     bench.hears("s1", "u2@im.wechat", bot="b2@im.bot", since=before.seq)
-    after, shard = plain(bench, sandbox="s1", id="c2", text="for the second"), bench.shard()
+    after, partition = plain(bench, sandbox="s1", id="c2", text="for the second"), bench.partition()
     for original in (before, after):
         await route(router(bench), original)
-        shard.on_delivery(as_delivered(bench))
+        partition.on_delivery(as_delivered(bench))
     await asyncio.sleep(30)
     assert [(sent.user, sent.text) for sent in bench.chat.sent] == [("u2@im.wechat", "for the second")]
     ends = [(receipt.command, receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()]

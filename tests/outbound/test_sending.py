@@ -11,7 +11,7 @@ import pytest
 from adapter.errors import Temporary
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench, FakeTenure
-from tests.outbound.shards import (
+from tests.outbound.partitions import (
     BOT,
     STALE,
     THROTTLED,
@@ -27,18 +27,18 @@ VIRTUAL_TIME = True
 
 
 async def test_two_sends_to_one_user_keep_their_distance() -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
-    shard.on_delivery(bench.command("c"))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
+    partition.on_delivery(bench.command("c"))
     await asyncio.sleep(60)
     at = [sent.at_s for sent in bench.chat.sent]
     assert [later - earlier for earlier, later in pairwise(at)] == [GAP_S, GAP_S]
 
 
 async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx")])
-    shard.on_delivery(bench.command("a"))
+    partition.on_delivery(bench.command("a"))
     await asyncio.sleep(400)
     at = [sent.at_s for sent in bench.chat.sent]
     assert len(at) == 3
@@ -51,12 +51,12 @@ async def test_no_lane_waits_for_another(bench: Bench) -> None:
         await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         if number != 3:
             bench.hears("s1", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
-    shard = bench.shard()
+    partition = bench.partition()
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     bench.chat.sends_to["u2@im.wechat"] = deque([THROTTLED])
     for text in ("one", "two"):
         for number in range(1, 5):
-            shard.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
+            partition.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
     await asyncio.sleep(5)
 
     assert [(sent.user, sent.text) for sent in bench.chat.sent] == [
@@ -66,21 +66,21 @@ async def test_no_lane_waits_for_another(bench: Bench) -> None:
         ("u4@im.wechat", "two"),
     ]
     assert sorted(parked(bench)) == ["one-2", "one-3", "two-2", "two-3"]
-    shard.stop()
+    partition.stop()
 
 
 @pytest.mark.parametrize("users", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int, bench: Bench) -> None:
-    """Over all shards, the hanging one first: the commands of all others are sent, and theirs once it is answered."""
+    """The hanging one comes first: the commands of all others are sent, and theirs once it is answered."""
     for number in range(users):
         await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         bench.hears(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
     names = {bench.names.partition_of(f"s{number}"): f"s{number}" for number in range(users)}
-    shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
+    partitions = {number: bench.partition(sandbox) for number, sandbox in names.items()}
     bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
     for number in range(users):
         for text in ("one", "two"):
-            shards[bench.names.partition_of(f"s{number}")].on_delivery(
+            partitions[bench.names.partition_of(f"s{number}")].on_delivery(
                 bench.command(text, sandbox=f"s{number}", id=f"{text}-{number}")
             )
     await asyncio.sleep(60)
@@ -97,9 +97,9 @@ async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: in
 @pytest.mark.parametrize(("when_closed", "outcome"), [("park", "parked"), ("refuse", "refused")])
 async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_closed: str, outcome: str) -> None:
     """It was told that they are used up, beside a window that has some."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.hears(sends_used=8)
-    shard.on_delivery(bench.command("a" * 4000, id="c1", when_closed=when_closed))
+    partition.on_delivery(bench.command("a" * 4000, id="c1", when_closed=when_closed))
     await asyncio.sleep(30)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.window.remaining) == (outcome, "quota", 2)
@@ -108,10 +108,10 @@ async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_clo
 
 async def test_minus_14_on_one_send_is_tried_once_more_while_the_session_lives() -> None:
     """A malformed body is answered so, too. The bot and what comes behind are none the worse for it."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.extend([STALE] * 2)
     for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        partition.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0", "t0", "t1"]
     assert outcomes(bench) == [("c0", "refused", "rejected"), ("c1", "accepted", "")]
@@ -120,11 +120,11 @@ async def test_minus_14_on_one_send_is_tried_once_more_while_the_session_lives()
 
 
 async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.append(STALE)
     bench.chat.notify_fails = STALE
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("now", id="c2", when_closed="refuse"))
+    partition.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("now", id="c2", when_closed="refuse"))
     await asyncio.sleep(5)
     assert outcomes(bench) == []
     assert bench.polled_now == [BOT]  # the poller has the say
@@ -136,7 +136,7 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     await asyncio.sleep(300)
     assert bench.chat.texts == ["hi"]
     bench.stale.clear()
-    shard.on_binding(None, bench.bindings.get(BOT))
+    partition.on_binding(None, bench.bindings.get(BOT))
     await asyncio.sleep(5)
     assert (bench.chat.texts, outcomes(bench)[-1]) == (["hi", "hi"], ("c1", "accepted", ""))
 
@@ -150,9 +150,9 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
     bench.chat.notify_fails = Temporary("timeout")
     await bench.bind()
     bench.hears()
-    shard = bench.shard()
+    partition = bench.partition()
     bench.chat.sends.extend([STALE] * 2)
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert (outcomes(bench), bench.polled_now) == ([], [BOT])
     for _ in range(2):  # it is asked at each -14
@@ -167,9 +167,9 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
 
 
 async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(state="needs_login")
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "parked", "needs_login")]
 
@@ -181,10 +181,10 @@ async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> No
 
 
 async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
     bench.chat.notify_fails = STALE
-    shard.on_delivery(
+    partition.on_delivery(
         bench.command(
             id="c1", when_closed="refuse", items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]
         )
@@ -199,7 +199,7 @@ async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent()
 
 async def test_lanes_that_wait_for_the_lease_hardly_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands that look several times a second keep a process so busy that it does not get the lease back."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.leases.has_lease, looks = False, 0
     check = FakeTenure.check
 
@@ -209,7 +209,7 @@ async def test_lanes_that_wait_for_the_lease_hardly_look_at_it(monkeypatch: pyte
         check(tenure)
 
     monkeypatch.setattr(FakeTenure, "check", counted)
-    shard.on_delivery(bench.command("t0"))
+    partition.on_delivery(bench.command("t0"))
     await asyncio.sleep(60)
     assert 0 < looks < 15
     bench.leases.has_lease = True

@@ -16,7 +16,7 @@ from adapter.bridge.sending import CommandResult
 from adapter.errors import AdapterError, Temporary, Uncertain
 from tests.fakes import Bench
 from tests.fakes.ilink import BASE_URL, Sent
-from tests.outbound.shards import FIRST, THROTTLED, TIMEOUT, USER, finals, ready, user_writes
+from tests.outbound.partitions import FIRST, THROTTLED, TIMEOUT, USER, finals, ready, user_writes
 from tests.outbound.test_sequences import next_owner
 
 VIRTUAL_TIME = True
@@ -31,18 +31,18 @@ async def silent(
 ) -> tuple[Bench, Partition]:
     """A user whose request has had no answer right now, and another one. `base_url`: of the other's bot.
     `is_asked_in_vain`: iLink does not answer `notifystart` either."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(bot=OTHER_BOT, user=OTHER, base_url=base_url)
     bench.hears(user=OTHER, bot=OTHER_BOT)
     bench.chat.sends_to[USER] = deque([answer])
     bench.chat.notify_fails = AWAY if is_asked_in_vain else None
-    shard.on_delivery(bench.command("hi", id="c1", user=USER))
+    partition.on_delivery(bench.command("hi", id="c1", user=USER))
     await asyncio.sleep(1)
-    return bench, shard
+    return bench, partition
 
 
-async def another_is_sent(bench: Bench, shard: Partition) -> None:
-    shard.on_delivery(bench.command("for another", user=OTHER))
+async def another_is_sent(bench: Bench, partition: Partition) -> None:
+    partition.on_delivery(bench.command("for another", user=OTHER))
     await asyncio.sleep(1)
 
 
@@ -63,9 +63,9 @@ async def test_it_is_repeated_after_five_minutes_although_ilink_answers_nobody()
 
 @pytest.mark.parametrize(("after_s", "repeated_s"), [(0, 3), (100, 101)], ids=["soon", "later"])
 async def test_it_is_repeated_once_ilink_has_accepted_anybodys(after_s: int, repeated_s: int) -> None:
-    bench, shard = await silent()
+    bench, partition = await silent()
     await asyncio.sleep(after_s)
-    await another_is_sent(bench, shard)
+    await another_is_sent(bench, partition)
     await asyncio.sleep(400)
     assert posted_at(bench) == [0, repeated_s]
 
@@ -89,11 +89,11 @@ async def test_a_poll_that_is_answered_counts_after_a_lost_connection_alone() ->
 
 
 async def test_what_was_accepted_before_says_nothing_of_ilink_now() -> None:
-    bench, shard = await silent()
+    bench, partition = await silent()
     await asyncio.sleep(400)
     bench.chat.sends_to[USER] = deque([TIMEOUT])
-    await another_is_sent(bench, shard)
-    shard.on_delivery(bench.command("again", user=USER))
+    await another_is_sent(bench, partition)
+    partition.on_delivery(bench.command("again", user=USER))
     await asyncio.sleep(400)
     assert posted_at(bench)[2:] == [402, 702]
 
@@ -104,8 +104,8 @@ async def test_what_was_accepted_before_says_nothing_of_ilink_now() -> None:
 async def test_another_ilink_says_nothing_of_this_one_and_the_default_has_one_name(
     base_url: str, repeated_s: int
 ) -> None:
-    bench, shard = await silent(base_url=base_url)
-    await another_is_sent(bench, shard)
+    bench, partition = await silent(base_url=base_url)
+    await another_is_sent(bench, partition)
     await asyncio.sleep(400)
     assert posted_at(bench) == [0, repeated_s]
 
@@ -121,9 +121,9 @@ async def test_a_message_of_the_user_does_not_hasten_it() -> None:
 
 async def test_a_repeat_that_meets_a_throttle_is_uncertain() -> None:
     """The first request may have used the last send."""
-    bench, shard = await silent()
+    bench, partition = await silent()
     bench.chat.sends_to[USER].append(THROTTLED)
-    await another_is_sent(bench, shard)
+    await another_is_sent(bench, partition)
     await asyncio.sleep(400)
     assert [(one.outcome, one.attempts) for one in finals(bench) if one.command == "c1"] == [("uncertain", 2)]
 
@@ -131,27 +131,27 @@ async def test_a_repeat_that_meets_a_throttle_is_uncertain() -> None:
 @pytest.mark.parametrize("is_taken", [True, False], ids=["at once", "after a pause"])
 async def test_the_receipt_is_asked_for_right_before_a_repeat(is_taken: bool) -> None:
     """Another owner may have ended the command, and not have stored that in the record."""
-    bench, shard = await silent()
+    bench, partition = await silent()
     if not is_taken:
         bench.chat.sends_to[USER].append(Temporary("http_5xx", "HTTP 503", retry_after_s=60))
-        await another_is_sent(bench, shard)
+        await another_is_sent(bench, partition)
         await asyncio.sleep(3)
         assert posted_at(bench) == [0, 3]
-    (command,) = (each.queue[0] for each in shard.senders if each.person.user == USER)
+    (command,) = (each.queue[0] for each in partition.senders if each.person.user == USER)
     accepted, to = CommandResult("accepted"), Address("s1", user=USER)
     await bench.receipts.tell(copy(command), accepted, to, lambda: None)
     posted = len(posted_at(bench))
-    await another_is_sent(bench, shard)
+    await another_is_sent(bench, partition)
     await asyncio.sleep(400)
     assert len(posted_at(bench)) == posted
-    assert not any(each.queue for each in shard.senders)
+    assert not any(each.queue for each in partition.senders)
 
 
 async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is_answered() -> None:
-    bench, shard = await silent()
+    bench, partition = await silent()
     bench.chat.sends_to[USER].extend([TIMEOUT] * 5)
     for number in range(4):
-        shard.on_delivery(bench.command(f"next {number}", id=f"n{number}", user=USER))
+        partition.on_delivery(bench.command(f"next {number}", id=f"n{number}", user=USER))
     for _ in range(900):
         bench.replica.edges.successes.note(BASE_URL, True, 0.0)
         await asyncio.sleep(1)
@@ -165,13 +165,13 @@ async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is
 
 async def test_an_idle_person_is_held_back_all_the_same() -> None:
     """What is idle is dropped from memory each half minute, and read again."""
-    bench, shard = await silent()
+    bench, partition = await silent()
     bench.chat.sends_to[USER].append(TIMEOUT)
-    await another_is_sent(bench, shard)
+    await another_is_sent(bench, partition)
     await asyncio.sleep(5)
     assert [one.outcome for one in finals(bench) if one.command == "c1"] == ["uncertain"]
-    shard.evict_idle()
-    shard.on_delivery(bench.command("next", id="n0", user=USER))
+    partition.evict_idle()
+    partition.on_delivery(bench.command("next", id="n0", user=USER))
     await asyncio.sleep(30)
     assert len(posted_at(bench)) == 2
     await asyncio.sleep(40)
@@ -186,14 +186,14 @@ async def test_no_queue_that_waits_for_a_login_has_ilink_asked() -> None:
 
 
 async def test_the_next_owner_repeats_what_was_out_as_the_former_one_died() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     hold = bench.chat.hold_sends[USER] = asyncio.Event()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(1)
     hold.set()
     bench.chat.hold_sends.clear()
     bench.chat.sends.append(FIRST)
-    next_owner(bench, shard)
+    next_owner(bench, partition)
     await asyncio.sleep(9)
     assert posted_at(bench) == [0, 4]
     assert [(one.outcome, one.attempts) for one in finals(bench)] == [("accepted", 2)]
@@ -222,12 +222,12 @@ class Outage:
 
 
 async def people(count: int) -> tuple[Bench, Partition]:
-    bench, shard = await ready()
+    bench, partition = await ready()
     for number in range(2, count + 1):
         user, bot = f"u{number}@im.wechat", f"b{number}@im.bot"
         await bench.bind(bot=bot, user=user)
         bench.hears(user=user, bot=bot)
-    return bench, shard
+    return bench, partition
 
 
 @pytest.mark.parametrize(
@@ -236,12 +236,12 @@ async def people(count: int) -> tuple[Bench, Partition]:
     ids=["a hang", "502", "accepts and resets"],
 )
 async def test_an_outage_of_two_minutes_ends_no_command(until_s: float, answer: Uncertain, took_s: float) -> None:
-    bench, shard = await people(20)
+    bench, partition = await people(20)
     Outage(bench, until_s, answer, took_s=took_s, share=1)
     heals = asyncio.get_running_loop().call_later(until_s, setattr, bench.chat, "notify_fails", None)
     for number in range(1, 21):
         for text in ("a", "b"):
-            shard.on_delivery(bench.command(text, id=f"{text}{number}", user=f"u{number}@im.wechat"))
+            partition.on_delivery(bench.command(text, id=f"{text}{number}", user=f"u{number}@im.wechat"))
     await asyncio.sleep(until_s + 30)
     assert heals.when() < asyncio.get_running_loop().time()
     assert {one.outcome for one in finals(bench)} == {"accepted"}
@@ -250,13 +250,13 @@ async def test_an_outage_of_two_minutes_ends_no_command(until_s: float, answer: 
 
 
 async def test_a_tenth_of_sends_lost_under_load_holds_nobody_for_long() -> None:
-    bench, shard = await people(60)
+    bench, partition = await people(60)
     Outage(bench, 40, TIMEOUT, took_s=15.0, share=0.1)
     for second in range(40):
         for number in range(1, 61):
             if number % 10 == second % 10:
                 user = f"u{number}@im.wechat"
-                shard.on_delivery(bench.command("hi", id=f"{user}.{second}", user=user))
+                partition.on_delivery(bench.command("hi", id=f"{user}.{second}", user=user))
         await asyncio.sleep(1)
     await asyncio.sleep(30)
     ended = {one.command: one.outcome for one in finals(bench)}
@@ -264,7 +264,7 @@ async def test_a_tenth_of_sends_lost_under_load_holds_nobody_for_long() -> None:
     # the id of a user has a dot, so the users are compared by their beginnings
     waiting = {
         one.delivery.seq
-        for each in shard.senders
+        for each in partition.senders
         for one in each.queue
         if not each.person.user.startswith(tuple(behind) or " ")
     }

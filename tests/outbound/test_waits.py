@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from tests.fakes import Bench
-from tests.outbound.shards import BOT, USER, finals, free_slots, outcomes, ready, user_writes
+from tests.outbound.partitions import BOT, USER, finals, free_slots, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -16,17 +16,17 @@ HOUR_S = 3600
 
 
 async def test_what_waits_for_a_record_that_only_a_newer_replica_can_read_expires() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     bench.hears(newer=True)
-    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
+    partition.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(90)
     assert outcomes(bench)[-1] == ("c1", "refused", "expired")
 
 
 async def test_what_waits_for_a_record_that_cannot_be_read_expires() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     bench.person_bucket.unreadable = 10**6
-    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
+    partition.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(120)
     bench.person_bucket.unreadable = 0
     await asyncio.sleep(60)
@@ -35,14 +35,14 @@ async def test_what_waits_for_a_record_that_cannot_be_read_expires() -> None:
 
 async def test_what_waits_for_an_unknown_user_expires_after_the_longest_time(bench: Bench) -> None:
     await bench.bind(user="")
-    shard = bench.shard()
-    shard.on_delivery(bench.command("bare", id="c1"))
-    shard.on_delivery(bench.command("bot", id="c2", bot=BOT))
-    shard.on_delivery(bench.command("user", id="c3", user=USER))
+    partition = bench.partition()
+    partition.on_delivery(bench.command("bare", id="c1"))
+    partition.on_delivery(bench.command("bot", id="c2", bot=BOT))
+    partition.on_delivery(bench.command("user", id="c3", user=USER))
     await asyncio.sleep(71 * HOUR_S)
     assert finals(bench) == []
     await asyncio.sleep(2 * HOUR_S)
-    shard.evict_idle()
+    partition.evict_idle()
     await asyncio.sleep(1)
     assert sorted(outcomes(bench)[-3:]) == [(f"c{number}", "refused", "expired") for number in (1, 2, 3)]
     assert bench.chat.texts == []
@@ -54,10 +54,10 @@ async def test_what_waits_for_a_login_expires_and_delays_no_other_user(bench: Be
     await bench.bind(bot="b2@im.bot", user=OTHER)
     for user in (USER, OTHER):
         bench.hears(user=user, bot=BOT if user == USER else "b2@im.bot")
-    shard = bench.shard()
+    partition = bench.partition()
     for number in range(20):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=USER, expires_in_s=HOUR_S))
-    shard.on_delivery(bench.command("hi", id="other", user=OTHER))
+        partition.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=USER, expires_in_s=HOUR_S))
+    partition.on_delivery(bench.command("hi", id="other", user=OTHER))
     await asyncio.sleep(1)
     assert [receipt.command for receipt in finals(bench)] == ["other"]
     await asyncio.sleep(HOUR_S + 60)
@@ -66,37 +66,37 @@ async def test_what_waits_for_a_login_expires_and_delays_no_other_user(bench: Be
 
 
 async def test_a_command_is_not_overtaken_while_its_user_is_looked_up() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     await user_writes(bench)
     await asyncio.sleep(5)
     await user_writes(bench)
     second = Bench(world=bench)
-    shard.stop()
-    shard = second.shard()
+    partition.stop()
+    partition = second.partition()
     second.person_bucket.unreadable = 2
-    shard.on_delivery(second.command("first"))
+    partition.on_delivery(second.command("first"))
     await asyncio.sleep(0.05)
     second.person_bucket.unreadable = 0
     await second.wrote("in:9")
-    shard.on_delivery(second.command("second"))
+    partition.on_delivery(second.command("second"))
     await asyncio.sleep(60)
     assert second.chat.texts == ["first", "second"]
 
 
 async def test_users_who_do_not_exist_leave_nothing_in_memory() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     for number in range(2000):
-        shard.on_delivery(bench.command("t", user=f"nobody{number}@im.wechat"))
+        partition.on_delivery(bench.command("t", user=f"nobody{number}@im.wechat"))
     await asyncio.sleep(60)
     assert {(one.outcome, one.reason) for one in finals(bench)} == {("refused", "not_bound")}
     assert len(finals(bench)) == 2000
     assert not bench.person_bucket.entries
-    assert list(shard) == []
-    assert shard.tasks == 0
+    assert list(partition) == []
+    assert partition.tasks == 0
 
 
 async def test_a_user_to_whom_much_is_said_keeps_their_place_before_a_slot_is_free() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
 
     async def other() -> None:
         while True:
@@ -106,7 +106,7 @@ async def test_a_user_to_whom_much_is_said_keeps_their_place_before_a_slot_is_fr
     others = [asyncio.create_task(other()) for _ in range(20)]
     await asyncio.sleep(1)
     for number in range(5):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        partition.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
         await asyncio.sleep(4)
     assert bench.chat.texts[:1] == ["t0"]
     for task in others:
@@ -114,10 +114,10 @@ async def test_a_user_to_whom_much_is_said_keeps_their_place_before_a_slot_is_fr
 
 
 async def test_what_expires_while_it_waits_for_a_slot_is_not_sent() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     for _ in range(free_slots(bench)):
         assert bench.slots.try_acquire("other")
-    shard.on_delivery(bench.command("code 1234", id="c1", expires_in_s=30))
+    partition.on_delivery(bench.command("code 1234", id="c1", expires_in_s=30))
     await asyncio.sleep(120)
     bench.slots.release("other")
     await asyncio.sleep(5)
@@ -126,9 +126,9 @@ async def test_what_expires_while_it_waits_for_a_slot_is_not_sent() -> None:
 
 
 async def test_what_expires_while_its_send_cannot_be_stored_is_not_sent() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.leases.has_lease = False
-    shard.on_delivery(bench.command("code 1234", id="c1", expires_in_s=30))
+    partition.on_delivery(bench.command("code 1234", id="c1", expires_in_s=30))
     await asyncio.sleep(300)
     bench.leases.has_lease = True
     await asyncio.sleep(20)
@@ -138,7 +138,7 @@ async def test_what_expires_while_its_send_cannot_be_stored_is_not_sent() -> Non
 
 async def test_what_expires_behind_a_command_delays_it_not() -> None:
     """While the record is written, the clock goes on, and short-lived commands come and go."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     update = bench.person_bucket.update
 
     async def slow(*args: Any, **options: Any) -> int:
@@ -146,8 +146,8 @@ async def test_what_expires_behind_a_command_delays_it_not() -> None:
         return await update(*args, **options)
 
     bench.person_bucket.update = slow  # type: ignore[method-assign]
-    shard.on_delivery(bench.command("the answer"))
+    partition.on_delivery(bench.command("the answer"))
     for _ in range(10):
-        shard.on_delivery(bench.command("a note", expires_in_s=0.001))
+        partition.on_delivery(bench.command("a note", expires_in_s=0.001))
         await asyncio.sleep(0.004)
     assert bench.chat.texts[:1] == ["the answer"]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from adapter.errors import Refused, Temporary
-from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER
+from tests.outbound.partitions import BOT, STALE, THROTTLED, TIMEOUT, USER
 from tests.outbound.walking import (
     ERASED,
     Point,

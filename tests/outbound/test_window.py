@@ -10,7 +10,7 @@ from adapter.bridge import window
 from adapter.bridge.record import PersonState, SendProgress, SendWindow
 from adapter.bridge.window import CLOCK_ERROR_MS, SENT_KEPT, InboundReceived, WindowPolicy
 from adapter.contract.messages import Window
-from tests.outbound.shards import rows
+from tests.outbound.partitions import rows
 
 HOUR_MS = 3_600_000
 POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0)

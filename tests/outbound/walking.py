@@ -1,5 +1,5 @@
-"""Small stories about one shard, in which its owner is killed at a point of its own: each call of bus, bucket, iLink
-and CDN has two, one before it has any effect and one after, when the answer is not heard.
+"""Small stories about one partition, in which its owner is killed at a point of its own: each call of bus, bucket,
+iLink and CDN has two, one before it has any effect and one after, when the answer is not heard.
 
 Time is virtual, and every run is the same up to its first kill. So a story is told once to count the points, then
 once for each of them; the next owner takes over a few seconds later.
@@ -29,16 +29,16 @@ from adapter.errors import Temporary, Uncertain
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
-from tests.outbound.shards import BOT, USER, free_slots
+from tests.outbound.partitions import BOT, USER, free_slots
 from tests.outbound.test_router import router
 
 SANDBOX = "s1"
 TAKEN_OVER_S = 4.0
-"""From the death of an owner until the next one has its shards."""
+"""From the death of an owner until the next one has its partitions."""
 RESET_S = 5.0
 """From a failure of the bus until the consumers are reset."""
 THAWED_S = 10.0
-"""From the moment at which a replica is stopped until it goes on, its shards being another's."""
+"""From the moment at which a replica is stopped until it goes on, its partitions being another's."""
 NOTICED_S = 0.5
 """Until it has noticed that."""
 MOST_REQUESTS = 20
@@ -147,7 +147,7 @@ class Bus(FakeBus):
 
 
 class Owner:
-    """A replica that owns the shards from now on."""
+    """A replica that owns the partitions from now on."""
 
     def __init__(self, walk: Walk, number: int, at: int, left: Sequence[Owner]) -> None:
         """`left`: who may still send."""
@@ -155,7 +155,7 @@ class Owner:
         self.life = Mark(at, self._on_point)
         self.bench = mortal(walk.world, number, self.life)
         names = [owner.bench.presence.replica for owner in left]
-        self.shard = self.bench.shard(SANDBOX, names, **walk.story.settings)
+        self.partition = self.bench.partition(SANDBOX, names, **walk.story.settings)
         self._router = router(self.bench)
         self.began_at = walk.world.clock.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,7 +169,7 @@ class Owner:
 
     async def _wait_for(self, left: Sequence[Owner]) -> None:
         await self.bench.speak()
-        await self.shard.handover.run()
+        await self.partition.handover.run()
         for owner in (self, *left):
             owner.bench.rest()
 
@@ -177,7 +177,7 @@ class Owner:
         """As before the consumers start: what comes again may belong to whom a record names."""
         while True:
             try:
-                await self.shard.open()
+                await self.partition.open()
                 break
             except Temporary:
                 await asyncio.sleep(0.2)
@@ -186,8 +186,8 @@ class Owner:
 
     def _look_after_shard(self) -> None:
         """As the health monitor does."""
-        if self.life.is_going and not self.shard.is_draining:
-            self.shard.evict_idle()
+        if self.life.is_going and not self.partition.is_draining:
+            self.partition.evict_idle()
             asyncio.get_running_loop().call_later(30, self._look_after_shard)
 
     def deliver(self, *, again: bool = False) -> None:
@@ -253,7 +253,7 @@ class Owner:
         self.bench.leases.owned.clear()
 
     def end(self) -> None:
-        self.shard.stop()
+        self.partition.stop()
         self._router.stop()
         for task in self._tasks:
             task.cancel()
@@ -306,7 +306,7 @@ class Walk:
 
     @property
     def owner(self) -> Owner | None:
-        """Who owns the shards now."""
+        """Who owns the partitions now."""
         return self.owners[-1] if self.owners and self.owners[-1].life.is_going else None
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:

@@ -1,4 +1,4 @@
-"""A shard of the fakes with one bound user, for tests of what goes out."""
+"""A partition of the fakes with one bound user, for tests of what goes out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Partiti
     await bench.bind()
     if is_open:
         bench.hears()
-    return bench, bench.shard(**changes)
+    return bench, bench.partition(**changes)
 
 
 async def user_writes(bench: Bench, *, bot: str = BOT, user: str = USER) -> None:

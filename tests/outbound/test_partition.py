@@ -1,4 +1,4 @@
-"""A shard's commands: taken, told to a user, each ended once, also across crashes and other owners."""
+"""A partition's commands: taken, told to a user, each ended once, also across crashes and other owners."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, H_USER, UNRO
 from adapter.errors import AdapterError, BusRefused, Refused, Temporary, Throttled, Uncertain
 from adapter.ports import BusMessage
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery
-from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
+from tests.outbound.partitions import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
 
 
 async def test_a_stream_that_was_made_anew_begins_again() -> None:
     """An operator's hand: its sequences are those of commands that were settled, and it is none of them."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     first = bench.command("a", id="a")
     later = bench.command("b", id="b")
-    shard.on_delivery(first)
-    shard.on_delivery(later)
+    partition.on_delivery(first)
+    partition.on_delivery(later)
     await asyncio.sleep(60)
     for old, text in ((first, "c"), (later, "d")):
         data = msgspec.json.encode({"text": text})
-        shard.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
+        partition.on_delivery(FakeDelivery(old.subject, data, seq=old.seq, time_ms=bench.clock.now_ms()))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["a", "b", "c", "d"]
 
@@ -49,18 +49,18 @@ async def test_a_receipt_has_the_http_status_of_what_ended_or_held_its_command(
 ) -> None:
     answer = kind(reason)
     answer.http_status = status
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.extend([answer] * 9)
-    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=30 if kind is Temporary else 3600))
+    partition.on_delivery(bench.command("hi", id="c1", expires_in_s=30 if kind is Temporary else 3600))
     await asyncio.sleep(2000)
     receipt = bench.bus.receipts()[0]
     assert (receipt.outcome, receipt.reason, receipt.http_status) == (*ended, status)
 
 
 async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.append(Refused("rejected", "iLink answered -7", ret=-7, errcode=1, errmsg="nope"))
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.ret, receipt.errcode, receipt.errmsg, receipt.http_status) == (-7, 1, "nope", 0)
@@ -69,12 +69,12 @@ async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
 
 
 async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
-    bench, shard = await ready(is_open=False, merge_chars=100)
+    bench, partition = await ready(is_open=False, merge_chars=100)
     authors, message = f"00-{'a' * 32}-{'b' * 16}-00", f"in:{BOT}:m1"
-    shard.on_delivery(bench.command("a", headers={"traceparent": authors, "b3": "1"}, reply_to=message))
-    shard.on_delivery(bench.command("b", reply_to=message))
-    shard.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
-    shard.on_delivery(bench.command("d", headers={"traceparent": f"{authors}-more"}, reply_to="m" * 300))
+    partition.on_delivery(bench.command("a", headers={"traceparent": authors, "b3": "1"}, reply_to=message))
+    partition.on_delivery(bench.command("b", reply_to=message))
+    partition.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
+    partition.on_delivery(bench.command("d", headers={"traceparent": f"{authors}-more"}, reply_to="m" * 300))
     await asyncio.sleep(30)
     await user_writes(bench)
     await asyncio.sleep(30)
@@ -88,9 +88,9 @@ async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
 
 
 async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.person_bucket.on_write = Failing(9, RuntimeError("a bug"))
-    shard.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1", "b3": "1"}))
+    partition.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1", "b3": "1"}))
     await asyncio.sleep(60)
     (dead,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
@@ -101,7 +101,7 @@ async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
 
 
 async def test_bodies_that_are_no_commands_leave_memory_and_few_are_written_at_once() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bodies = [b"{" + str(number).encode() * 1000 for number in range(20)]
     deliveries = [bench.command(data=body) for body in bodies]
     running = most = 0
@@ -116,7 +116,7 @@ async def test_bodies_that_are_no_commands_leave_memory_and_few_are_written_at_o
 
     bench.bus.on_publish = slow
     for delivery in deliveries:
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
     assert {delivery.data for delivery in deliveries} == {b""}
     await asyncio.sleep(30)
     assert most == DEAD_LETTERS
@@ -130,35 +130,35 @@ async def test_who_has_lost_the_shard_stores_no_receipt_but_that_of_a_send(
     is_open: bool, expected: list[tuple[str, str, str]]
 ) -> None:
     """The next owner may send what the former one was about to call parked."""
-    bench, shard = await ready(is_open=is_open)
+    bench, partition = await ready(is_open=is_open)
 
     async def lose(message: BusMessage) -> None:
         if ".receipt." in message.subject:
             bench.leases.owned.clear()
 
     bench.bus.on_publish = lose
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(30)
-    shard.stop()
+    partition.stop()
     assert not bench.leases.owned
     assert outcomes(bench) == expected
 
 
 async def test_a_dead_letter_that_its_stream_refuses_costs_nobody_a_receipt() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "dead" else None
     delivery = bench.command(data=b"hello", headers={H_MSG_ID: "h1"})
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
     assert delivery.acks == 1
 
 
 async def test_a_receipt_of_what_was_never_sent_says_whose_it_is() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("a", when_closed="refuse"))
-    shard.on_delivery(bench.command("b", expires_in_s=10))
-    shard.on_delivery(bench.command("c"))
+    bench, partition = await ready(is_open=False)
+    partition.on_delivery(bench.command("a", when_closed="refuse"))
+    partition.on_delivery(bench.command("b", expires_in_s=10))
+    partition.on_delivery(bench.command("c"))
     await asyncio.sleep(60)
     await bench.bindings.remove(BOT)
     await asyncio.sleep(5)
@@ -178,9 +178,9 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
 async def test_what_is_no_command_has_a_receipt_under_the_id_of_its_header(
     data: bytes, outcome: str, reason: str
 ) -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     delivery = bench.command(data=data, headers={H_MSG_ID: "h1"})
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", outcome, reason)]
     assert delivery.acks == 1
@@ -189,8 +189,8 @@ async def test_what_is_no_command_has_a_receipt_under_the_id_of_its_header(
 
 @pytest.mark.parametrize("ident", [b'""', b'"' + b"x" * 129 + b'"'], ids=["empty", "long"])
 async def test_an_id_that_is_none_leaves_the_headers(ident: bytes) -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(data=b'{"text":5,"id":' + ident + b"}", headers={H_MSG_ID: "h1"}))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command(data=b'{"text":5,"id":' + ident + b"}", headers={H_MSG_ID: "h1"}))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("h1", "dead_lettered", "unreadable")]
 
@@ -200,9 +200,9 @@ async def test_an_id_that_is_none_leaves_the_headers(ident: bytes) -> None:
 )
 async def test_a_name_that_no_sandbox_can_have_is_refused(name: str, told_as: str) -> None:
     """Where its receipt would need a subject longer than a server takes, it is told as one of nobody."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     delivery = bench.command("hi", sandbox=name, id="c1")
-    shard.on_delivery(delivery)
+    partition.on_delivery(delivery)
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.outcome, receipt.reason) == (told_as, "refused", "invalid")
@@ -215,10 +215,10 @@ def repeats(bench: Bench) -> list[tuple[str, int, str, int]]:
 
 
 async def test_a_repeated_id_sends_nothing_and_gets_the_outcome_of_the_first() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     for text in ("hi", "hi again", "and again"):
         delivery = bench.command(text, id="c1")
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
         await asyncio.sleep(5)
         assert delivery.acks == 1
     assert bench.chat.texts == ["hi"]
@@ -230,19 +230,19 @@ async def test_a_repeated_id_sends_nothing_and_gets_the_outcome_of_the_first() -
 @pytest.mark.parametrize("headers", [{H_MSG_ID: "c1"}, {}], ids=["of a header", "of a sequence"])
 async def test_an_id_that_is_not_in_the_body_repeats_nothing(headers: dict[str, str]) -> None:
     """Others know, or can guess, what a header says."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}", headers=headers))
+        partition.on_delivery(bench.command(f"t{number}", headers=headers))
         await asyncio.sleep(5)
     assert bench.chat.texts == ["t0", "t1"]
     assert [(outcome, repeat_of) for _, _, outcome, repeat_of in repeats(bench)] == [("accepted", 0)] * 2
 
 
 async def test_a_repeat_of_what_was_uncertain_is_not_sent_and_of_what_was_refused_is() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.sends.extend([TIMEOUT, TIMEOUT, Refused("rejected", "no", ret=-3)])
     for ident in ("c1", "c1", "c2", "c2"):
-        shard.on_delivery(bench.command(ident, id=ident))
+        partition.on_delivery(bench.command(ident, id=ident))
         await asyncio.sleep(400)
     assert bench.chat.texts == ["c1", "c1", "c2", "c2"]
     assert repeats(bench) == [
@@ -255,11 +255,11 @@ async def test_a_repeat_of_what_was_uncertain_is_not_sent_and_of_what_was_refuse
 
 async def test_a_repeat_of_what_has_no_receipt_any_more_is_uncertain() -> None:
     """It was sent, or may have been; receipts are kept for a limited time."""
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     bench.bus.kept = [kept for kept in bench.bus.kept if ".receipt." not in kept.stored.subject]
-    shard.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert bench.chat.texts == ["hi"]
     assert repeats(bench) == [("c1", 2, "uncertain", 1)]
@@ -271,35 +271,35 @@ async def test_a_repeated_id_gets_the_first_outcome_also_where_nothing_could_be_
     hindrance: str, when_closed: str
 ) -> None:
     """Its sender was told that it is parked, or refused, although it was sent."""
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="a"))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command("hi", id="a"))
     await asyncio.sleep(5)
     again = bench.command("hi", id="a", when_closed=when_closed, expires_in_s=60)
     if hindrance == "window":
         bench.chat.sends.append(THROTTLED)
-        shard.on_delivery(bench.command("ho", id="b", when_closed="refuse"))
+        partition.on_delivery(bench.command("ho", id="b", when_closed="refuse"))
         await asyncio.sleep(5)
     elif hindrance == "login":
         await bench.bind(state="needs_login")
     else:
         await asyncio.sleep(60)
-    shard.on_delivery(again)
+    partition.on_delivery(again)
     await asyncio.sleep(5)
     own = [(one.outcome, one.repeat_of) for one in bench.bus.receipts() if one.command == "a"]
     assert own == [("accepted", 0), ("accepted", 1)]
     assert again.acks == 1
-    shard.stop()
+    partition.stop()
 
 
 async def test_outcomes_are_counted_by_what_was_sent() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     for delivery in (
         bench.command("hi", id="c1"),
         bench.command("hi", id="c1"),
         bench.command(id="c2", typing="on"),
         bench.command(id="c3", items=[]),
     ):
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
     await asyncio.sleep(60)
     for kind, outcome, reason in (
         ("text", "accepted", "none"),
@@ -311,12 +311,12 @@ async def test_outcomes_are_counted_by_what_was_sent() -> None:
 
 
 async def test_several_bots_need_a_name() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
     bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
-    shard.on_delivery(bench.command("by user", id="c3", user=USER))
+    partition.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
+    partition.on_delivery(bench.command("by user", id="c3", user=USER))
     await asyncio.sleep(10)
     assert sorted(outcomes(bench)) == [
         ("c1", "refused", "ambiguous_bot"),
@@ -328,23 +328,23 @@ async def test_several_bots_need_a_name() -> None:
 
 async def test_two_bots_of_one_user_need_no_name() -> None:
     """As while a new bot of the user takes the place of the one before."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(bot=B2)
     await bench.wrote("in:2", bot=B2)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("hi", id="c2", user=USER))
+    partition.on_delivery(bench.command("hi", id="c1"))
+    partition.on_delivery(bench.command("hi", id="c2", user=USER))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
 
 
 async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() -> None:
     """It names nobody, and the sandbox serves another user by now, who would read what was meant for the first."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     command = bench.command(id="c1", items=[{"kind": "text", "text": text} for text in ("one", "two")])
-    shard.on_delivery(command)
+    partition.on_delivery(command)
     await asyncio.sleep(GAP_S / 2)
     assert bench.chat.texts == ["one"]
-    shard.stop()
+    partition.stop()
     binding = bench.bindings.get(BOT)
     assert binding is not None
     await bench.events.publish_binding_event(binding.event("unbound"))
@@ -353,7 +353,7 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     successor = Bench(bench, instance="me-2")
     await successor.bind(bot="b2@im.bot", user="u2@im.wechat", since=command.seq)
     successor.hears("s1", "u2@im.wechat", bot="b2@im.bot", since=command.seq)
-    second = successor.shard()
+    second = successor.partition()
     successor.redeliver(second)
     after = successor.command("to the new one", id="c2")
     second.on_delivery(after)
@@ -379,7 +379,7 @@ async def next_person(*, keeps_first: bool = False) -> tuple[Bench, Partition]:
     await bench.bind(sandbox="s9", bot="b9@im.bot", user="u9@im.wechat")
     bench.hears()
     bench.hears(user=USER2, bot=B2)
-    return bench, bench.shard()
+    return bench, bench.partition()
 
 
 ANSWERS: list[tuple[str, str, str, str]] = [
@@ -402,9 +402,9 @@ ANSWERS: list[tuple[str, str, str, str]] = [
     ("reply_to", "user", "reason"), [row[1:] for row in ANSWERS], ids=[row[0] for row in ANSWERS]
 )
 async def test_what_answers_another_person_is_refused(reply_to: str, user: str, reason: str) -> None:
-    bench, shard = await next_person()
-    shard.on_delivery(bench.command("hi", id="c1", reply_to=reply_to, user=user or None))
-    shard.on_delivery(bench.command("behind it", id="c2"))
+    bench, partition = await next_person()
+    partition.on_delivery(bench.command("hi", id="c1", reply_to=reply_to, user=user or None))
+    partition.on_delivery(bench.command("behind it", id="c2"))
     await asyncio.sleep(30)
     refused = ("c1", "refused", reason)
     assert outcomes(bench) == [refused if reason else ("c1", "accepted", ""), ("c2", "accepted", "")]
@@ -413,10 +413,10 @@ async def test_what_answers_another_person_is_refused(reply_to: str, user: str, 
 
 
 async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_none() -> None:
-    bench, shard = await next_person(keeps_first=True)
-    shard.on_delivery(bench.command("one", id="c1", reply_to=f"in:{BOT}:m1", user=USER))
-    shard.on_delivery(bench.command("two", id="c2", reply_to=f"in:{BOT}:m1", user=USER2))
-    shard.on_delivery(bench.command("three", id="c3", reply_to=f"in:{BOT}:m1", bot=B2))
+    bench, partition = await next_person(keeps_first=True)
+    partition.on_delivery(bench.command("one", id="c1", reply_to=f"in:{BOT}:m1", user=USER))
+    partition.on_delivery(bench.command("two", id="c2", reply_to=f"in:{BOT}:m1", user=USER2))
+    partition.on_delivery(bench.command("three", id="c3", reply_to=f"in:{BOT}:m1", bot=B2))
     await asyncio.sleep(30)
     assert sorted(outcomes(bench)) == [
         ("c1", "accepted", ""),
@@ -426,10 +426,10 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
 
 
 async def test_a_bus_that_is_away_decides_nothing_about_an_answer() -> None:
-    bench, shard = await next_person()
+    bench, partition = await next_person()
     bench.bus.unreadable = 3
-    shard.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1"))
-    shard.on_delivery(bench.command("hello", id="c2"))
+    partition.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1"))
+    partition.on_delivery(bench.command("hello", id="c2"))
     await asyncio.sleep(30)
     assert outcomes(bench) == [("c1", "refused", "other_user"), ("c2", "accepted", "")]
 
@@ -449,22 +449,22 @@ def naming(bench: Bench, text: str, ident: str, sequence: int, time_ms: int, *, 
 async def test_a_sandbox_that_names_a_command_of_its_own_stops_nothing(
     state: str, is_its_time: bool, ident: str
 ) -> None:
-    bench, shard = await ready(is_open=state != "parked")
+    bench, partition = await ready(is_open=state != "parked")
     if state == "unanswered":
         bench.chat.sends.append(TIMEOUT)
     true = bench.command(id="c1", items=[{"kind": "text", "text": text} for text in ("one", "two")])
-    shard.on_delivery(true)
+    partition.on_delivery(true)
     await asyncio.sleep(60 if state in ("ended", "its ack lost") else 1)
     if state in ("of a former owner", "its ack lost"):
-        shard.stop()
+        partition.stop()
         true.acks = 0
         successor = Bench(bench, instance="me")
-        shard = successor.shard()
-        successor.redeliver(shard)
+        partition = successor.partition()
+        successor.redeliver(partition)
     fakes = [naming(bench, "fake", ident, true.seq, true.time_ms if is_its_time else 1) for _ in range(2)]
     behind = bench.command("behind", id="c2")
     for delivery in (*fakes, behind):
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
     await asyncio.sleep(5)
     if state == "parked":
         await user_writes(bench)
@@ -477,27 +477,27 @@ async def test_a_sandbox_that_names_a_command_of_its_own_stops_nothing(
     assert Counter(command for command, _ in ends) == dict.fromkeys(once, 1)
     assert {outcome for command, outcome in ends if command != named or is_its_time} == {"accepted"}
     assert all(delivery.acks for delivery in bench.deliveries)
-    assert not shard.commands.commands
+    assert not partition.commands.commands
 
 
 async def test_who_names_a_lost_command_and_another_person_holds_up_nobody() -> None:
     """A former owner has ended it, and its record says that it is being sent. The other person's queue waits."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     await bench.bind(bot=B2, user=USER2)
     bench.hears(user=USER2, bot=B2)
     true = bench.command("true", id="c1", user=USER)
-    shard.on_delivery(true)
+    partition.on_delivery(true)
     await asyncio.sleep(30)
-    shard.stop()
+    partition.stop()
     successor = Bench(bench, instance="me")
-    shard = successor.shard()
+    partition = successor.partition()
     bench.chat.hold_sends[USER2] = asyncio.Event()
-    shard.on_delivery(bench.command("hangs", id="c2", user=USER2))
+    partition.on_delivery(bench.command("hangs", id="c2", user=USER2))
     await asyncio.sleep(5)
     fake = naming(bench, "fake", "c1", true.seq, true.time_ms)
     fake.data = msgspec.json.encode({"id": "c1", "text": "fake", "user": USER2})
-    shard.on_delivery(fake)
-    shard.on_delivery(bench.command("behind", id="c3", user=USER))
+    partition.on_delivery(fake)
+    partition.on_delivery(bench.command("behind", id="c3", user=USER))
     await asyncio.sleep(10)
     assert [end.command for end in finals(bench)] == ["c1", "c3"]
     bench.chat.hold_sends.pop(USER2).set()
@@ -510,13 +510,13 @@ async def test_who_names_a_lost_command_and_another_person_holds_up_nobody() -> 
 
 async def test_a_sandbox_names_no_command_of_another() -> None:
     """Of the same partition: its commands are found by their sequences."""
-    bench, shard = await ready(is_open=False)
-    other = next(name for number in range(9999) if bench.names.partition_of(name := f"t{number}") == shard.number)
+    bench, partition = await ready(is_open=False)
+    other = next(name for number in range(9999) if bench.names.partition_of(name := f"t{number}") == partition.number)
     await bench.bind(sandbox=other, bot=B2, user=USER2)
     true = bench.command("true", id="c1")
-    shard.on_delivery(true)
+    partition.on_delivery(true)
     fake = naming(bench, "fake", "c1", true.seq, true.time_ms, sandbox=other)
-    shard.on_delivery(fake)
+    partition.on_delivery(fake)
     await asyncio.sleep(5)
     await user_writes(bench, bot=B2, user=USER2)
     await asyncio.sleep(5)
@@ -532,11 +532,11 @@ async def test_a_sandbox_names_no_command_of_another() -> None:
 @pytest.mark.parametrize("idents", [("f1", "f2"), ("f1", "f1")], ids=["two-ids", "one-id"])
 async def test_two_that_name_one_command_are_told_once_for_each_id(idents: tuple[str, str]) -> None:
     """It has gone, or was a bind."""
-    bench, shard = await ready()
+    bench, partition = await ready()
     for _ in range(5):
         bench.bus.next_sequence("OUT")
     for ident in idents:
-        shard.on_delivery(naming(bench, f"of {ident}", ident, 3, bench.clock.now_ms()))
+        partition.on_delivery(naming(bench, f"of {ident}", ident, 3, bench.clock.now_ms()))
     await asyncio.sleep(30)
     assert bench.chat.texts == [f"of {ident}" for ident in sorted(set(idents))]
     assert [(end.command, end.outcome, end.sequence) for end in finals(bench)] == [
@@ -546,11 +546,11 @@ async def test_two_that_name_one_command_are_told_once_for_each_id(idents: tuple
 
 
 async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.took_s = 2.0
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
     for delivery in deliveries:
-        shard.on_delivery(delivery)
+        partition.on_delivery(delivery)
     await asyncio.sleep(1)
     await bench.drain(10.0)
     assert bench.chat.texts == ["t0"]
@@ -560,8 +560,8 @@ async def test_draining_ends_what_is_out_and_starts_nothing() -> None:
 
 async def test_what_was_sent_last_is_stored_as_the_partition_is_given_away() -> None:
     """The user may quote it to the next owner. Else it is stored before the next send."""
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("hi", id="c1"))
+    bench, partition = await ready()
+    partition.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert (outcomes(bench), bench.record().sent) == ([("c1", "accepted", "")], [])
     await bench.give()
@@ -569,9 +569,9 @@ async def test_what_was_sent_last_is_stored_as_the_partition_is_given_away() -> 
 
 
 async def test_draining_waits_no_longer_than_it_may() -> None:
-    bench, shard = await ready()
+    bench, partition = await ready()
     bench.chat.hold_sends[USER] = asyncio.Event()
-    shard.on_delivery(bench.command("hi"))
+    partition.on_delivery(bench.command("hi"))
     await asyncio.sleep(1)
     began = bench.clock.monotonic()
     await bench.drain(10.0)
@@ -579,10 +579,10 @@ async def test_draining_waits_no_longer_than_it_may() -> None:
 
 
 async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes_known() -> None:
-    bench, shard = await ready(is_open=False)
+    bench, partition = await ready(is_open=False)
     await bench.bind(user="")
     bench.leases.has_lease = False
-    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
+    partition.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     await bench.bind()
     await asyncio.sleep(5)
@@ -590,4 +590,4 @@ async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes
     bench.leases.has_lease = True
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "window_closed")]
-    assert shard.queue_depths(Counter()) == (0, None)
+    assert partition.queue_depths(Counter()) == (0, None)
