@@ -12,11 +12,12 @@ from adapter.bridge.bindings import Bindings
 from adapter.bridge.commands import Limits
 from adapter.bridge.erasure import Erasure
 from adapter.bridge.media import MediaFetcher, Uploads
+from adapter.bridge.pace import Successes
 from adapter.bridge.persons import Persons
 from adapter.bridge.presence import Presence
 from adapter.bridge.receipts import Receipts
 from adapter.bridge.sending import SendPolicy
-from adapter.bridge.sessions import BotSessions, Successes
+from adapter.bridge.sessions import BotSessions
 from adapter.contract.names import Names
 from adapter.ports import Bus, Chat, CoreBus, History, InboundMessage
 from adapter.tools.concurrency import FairSlots

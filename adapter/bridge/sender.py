@@ -24,6 +24,7 @@ from adapter.bridge import sending, window
 from adapter.bridge.commands import MERGE_SEPARATOR, MediaPart, client_id
 from adapter.bridge.inflight import InFlight
 from adapter.bridge.media import StoreAway
+from adapter.bridge.pace import Pace
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.receipts import Address
@@ -104,21 +105,6 @@ class _Attempt(msgspec.Struct):
     """The window of that answer."""
 
 
-class _Pace(msgspec.Struct):
-    """When the next request may be made. Times are monotonic."""
-
-    not_before: float = -math.inf
-    """The gap, or the pause after a failure."""
-    posted_at: float = -math.inf
-    unanswered_at: float = -math.inf
-    """When the request under way was made first, and was over without an answer; or when the record was read that
-    says so."""
-    looked_at: float = -math.inf
-    """When the newest entry was read before something was parked."""
-    uncertain: int = 0
-    """Commands in a row that ended `uncertain`."""
-
-
 class Sender:
     """Sends for one person."""
 
@@ -145,8 +131,9 @@ class Sender:
         self._user = person.user
         """The person's user, as it was when the queue was looked at last."""
         self._attempt = _Attempt()
-        now = parts.clock.monotonic()
-        self._pace = _Pace(posted_at=now, unanswered_at=now)
+        self._pace = Pace(parts.clock, parts.successes)
+        self._looked_at = -math.inf
+        """Monotonic time at which the newest entry was read before something was parked."""
 
     # what others tell it ----------------------------------------------------------------------------
 
@@ -307,7 +294,7 @@ class Sender:
             if head.typing == "on":
                 person.show_typing()
             await self._end([(head, CommandResult("accepted"))])
-        elif (due_s := self._next_due_s(person.bot)) > 0:
+        elif (due_s := self._pace.due_s(person.bot.account.base_url, progress)) > 0:
             await self._wait(due_s, seen, person.bot)
         elif progress is not None and progress.unanswered_attempts and not self._attempt.has_looked:
             self._attempt.has_looked = True  # another owner may have ended it since
@@ -377,37 +364,21 @@ class Sender:
 
     # waiting ----------------------------------------------------------------------------------------
 
-    def _next_due_s(self, bot: ServingBot) -> float:
-        """Seconds until the next request may be made."""
-        now, pace = self._parts.clock.monotonic(), self._pace
-        due_s, progress = pace.not_before - now, self.person.state.progress
-        if progress is not None and progress.unanswered_attempts:
-            is_answering = self._is_answering(bot, progress)
-            over_s, posted_s = now - pace.unanswered_at, now - pace.posted_at
-            due_s = max(due_s, sending.repeat_due_s(over_s, posted_s, is_answering=is_answering))
-        return due_s
-
-    def _is_answering(self, bot: ServingBot, progress: SendProgress) -> bool:
-        """Whether iLink has answered a request of anybody that began since it left one of this person without an
-        answer: after a lost connection any request, else a send."""
-        successes = self._parts.successes
-        return successes.since(bot.account.base_url, self._pace.unanswered_at, of_any=progress.was_reset)
-
     async def _wait(self, due_s: float, seen: int, bot: ServingBot | None = None) -> None:
         """Waits until something is due or has changed. `bot`: through which a request is to be made. For a repeat
         iLink is asked meanwhile whether it answers."""
         parts, progress = self._parts, self.person.state.progress
         expiry_s = (self._expires_ms - parts.clock.now_ms()) / 1000
         due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
-        if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
+        if bot is None or progress is None or not progress.unanswered_attempts:
             await self._changed.wait_until(lambda: self._version != seen, due_s)
             return
-        ask_s = sending.REPEAT_AFTER_S + self._pace.unanswered_at - parts.clock.monotonic()
-        if ask_s <= 0:
-            ask_s = parts.successes.ask(parts.chat, bot.account, self.person.key)
+        base_url, pace = bot.account.base_url, self._pace
+        if not (is_answering := pace.is_answering(base_url, progress)):
+            due_s = min(due_s, pace.ask_s(parts.chat, bot.account, self.person.key))
         await self._changed.wait_until(
-            lambda: self._version != seen or self._is_answering(bot, progress),
-            min(due_s, ask_s),
+            lambda: self._version != seen or pace.is_answering(base_url, progress) is not is_answering,
+            due_s,
             also=parts.successes.changed,
         )
 
@@ -438,9 +409,9 @@ class Sender:
         an older poll."""
         now, person = self._parts.clock.monotonic(), self.person
         is_here = person.bot is not None and self._parts.sessions.is_polled_here(person.bot.id)
-        if is_here or now - self._pace.looked_at < LOOK_EVERY_S:
+        if is_here or now - self._looked_at < LOOK_EVERY_S:
             return
-        self._pace.looked_at = now
+        self._looked_at = now
         try:
             await person.read_newest()
         except (Temporary, Refused) as exc:
@@ -527,10 +498,8 @@ class Sender:
     ) -> Accepted | AdapterError | None:
         """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
         parts, person, clock = self._parts, self.person, self._parts.clock
-        if not progress.unanswered_attempts:
-            self._pace.posted_at = clock.monotonic()
         person.state = window.record_attempt(person.state, progress, clock.now_ms())
-        self._pace.not_before = clock.monotonic() + parts.policy.gap_ms / 1000
+        self._pace.on_post(parts.policy.gap_ms / 1000, is_repeat=bool(progress.unanswered_attempts))
         try:
             while not person.is_saved:  # a token is in the bucket before a request uses it
                 await person.save()
@@ -563,7 +532,7 @@ class Sender:
         if (head := state.progress) is not None:  # an erasure may have ended it
             undone = msgspec.structs.replace(head, attempts=head.attempts - 1)
             self.person.state = window.undo_attempt(state, undone)
-        self._pace.not_before = -math.inf
+        self._pace.on_taken_back()
 
     def _after(
         self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
@@ -573,7 +542,8 @@ class Sender:
         assert before is not None
         person.state = sending.after_answer(person.state, answer, content, self._parts.clock.now_ms())
         self._attempt.has_looked = False
-        self._pace.uncertain = self._pace.uncertain if isinstance(answer, Uncertain | Temporary) else 0
+        if not isinstance(answer, Uncertain | Temporary):
+            self._pace.on_answered()
         if isinstance(answer, Accepted):
             self._attempt.failures = 0
             progress = person.state.progress
@@ -597,7 +567,7 @@ class Sender:
         self, answer: AdapterError, bot: ServingBot, group: list[QueuedCommand], *, is_upload: bool = False
     ) -> None:
         """Does what the failure of a request or an upload asks for."""
-        parts, progress, pace = self._parts, self.person.state.progress, self._pace
+        parts, progress = self._parts, self.person.state.progress
         self._report(answer, bot, progress)
         if isinstance(answer, SessionExpired):
             await self._check_session(answer, bot, group)
@@ -611,14 +581,13 @@ class Sender:
             await self._end([(command, refusal) for command in group])
         elif isinstance(answer, Uncertain) and not is_upload:
             parts.metrics.outbound_retries.labels(reason=answer.reason).inc()
-            pace.unanswered_at = parts.clock.monotonic()
+            self._pace.on_silence()
             await self._save()  # the pause before its repeat is long
         else:
             parts.metrics.outbound_retries.labels(reason=answer.reason).inc()
             self._attempt.failures += 1
             pause_s = getattr(answer, "retry_after_s", None) or backoff(self._attempt.failures)
-            pause_s += parts.clock.jitter(pause_s / 4)
-            pace.not_before = max(pace.not_before, parts.clock.monotonic() + pause_s)
+            self._pace.pause(pause_s + parts.clock.jitter(pause_s / 4))
             if not is_upload:  # if the owner ends now, the next one must not take it for sent
                 await self._save()
 
@@ -639,8 +608,7 @@ class Sender:
             await self._end([(command, refusal) for command in group])
         else:
             self._attempt.rejections = 1
-            not_before = self._parts.clock.monotonic() + SESSION_PAUSE_S
-            self._pace.not_before = max(self._pace.not_before, not_before)
+            self._pace.pause(SESSION_PAUSE_S)
 
     async def _read(self, commands: Sequence[QueuedCommand]) -> None:
         """Reads the bodies of commands from the bus."""
@@ -696,10 +664,7 @@ class Sender:
         await self._commands.end(ends, self._address, self._shown, on_told=self._leave)
         command, result = ends[-1]
         if progress is not None and progress.unanswered_attempts and result.outcome == "uncertain":
-            self._pace.uncertain += 1
-            first_s, longest_s = sending.AFTER_UNCERTAIN_S
-            pause_s = backoff(self._pace.uncertain, first_s=first_s, longest_s=longest_s)
-            self._pace.not_before = self._parts.clock.monotonic() + pause_s
+            self._pace.on_uncertain()
         if (not self.queue or self.reason) and not (command.typing == "on" and result.is_sent):
             person.hide_typing()
 

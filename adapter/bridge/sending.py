@@ -207,7 +207,7 @@ def while_blocked(command: QueuedCommand, reason: str, *, is_head: bool) -> Comm
 
 def repeat_due_s(over_s: float, posted_s: float, *, is_answering: bool) -> float:
     """Seconds until a request without an answer may be repeated. `over_s`: since it was over, `posted_s`: since the
-    first one was made. `is_answering`: iLink has answered somebody with success since (`sessions.Successes`)."""
+    first one was made. `is_answering`: iLink has answered somebody with success since (`pace.Successes`)."""
     earliest = REPEAT_AFTER_S - over_s
     return earliest if is_answering else max(earliest, REPEAT_LATEST_S - posted_s)
 

@@ -1,9 +1,9 @@
-"""Whether a bot's session with iLink is alive, by its poller or by `notifystart`, and when iLink accepts sends."""
+"""Whether a bot's session with iLink is alive, by its poller or by `notifystart`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import structlog
 
@@ -21,8 +21,6 @@ log = structlog.get_logger()
 
 RESTART_EVERY_S = 60.0
 """Shortest time between two restarts of a bot's session."""
-ASK_EVERY_S = 10.0
-"""Time without a send of others after which iLink is asked whether it answers, and between two such questions."""
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
@@ -164,64 +162,3 @@ class BotSessions:
             await self._chat.notify(self.account(binding), start=True)
         except AdapterError as exc:
             log.debug("restart.failed", bot=bot, reason=exc.reason)
-
-
-class Successes:
-    """When requests began that iLink answered with success, by base URL. Nothing else is shared between tenants: a
-    send without an answer is repeated once iLink has answered somebody's request to the same place.
-
-    Where nobody else sends, a `notifystart` now and then stands for the request of somebody.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.changed = ChangeSignal()
-        self._clock = clock
-        self._sent: dict[str, float] = {}
-        """When the last send began that was accepted, by base URL."""
-        self._answered: dict[str, float] = {}
-        """As `_sent`, of any request."""
-        self._posts: dict[str, tuple[Hashable, float, float]] = {}
-        """Who made the last send, when, and when somebody else made one."""
-        self._asked: dict[str, float] = {}
-        """When iLink was asked last."""
-        self._tasks = TaskSet("notify")
-
-    def note(self, base_url: str, is_send: bool, took_s: float) -> None:
-        """iLink has answered a request with success that began `took_s` seconds ago."""
-        began = self._clock.monotonic() - took_s
-        self._answered[base_url] = max(began, self._answered.get(base_url, began))
-        if is_send:
-            self._sent[base_url] = max(began, self._sent.get(base_url, began))
-        self.changed.notify_all()
-
-    def note_post(self, base_url: str, who: Hashable) -> None:
-        """Somebody makes a send."""
-        last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
-        self._posts[base_url] = who, self._clock.monotonic(), others if last == who else at
-
-    def since(self, base_url: str, monotonic: float, *, of_any: bool) -> bool:
-        """Whether a send that began at that time or later was accepted there; `of_any`: or another request answered
-        with success."""
-        return (self._answered if of_any else self._sent).get(base_url, -math.inf) >= monotonic
-
-    def ask(self, chat: Chat, account: Account, who: Hashable) -> float:
-        """Asks iLink, unless others send there or it was asked lately. Returns the seconds until it may be asked."""
-        now, base_url = self._clock.monotonic(), account.base_url
-        last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
-        wait_s = max(others if last == who else at, self._asked.get(base_url, -math.inf)) + ASK_EVERY_S - now
-        if wait_s > 0:
-            return wait_s
-        self._asked[base_url] = now
-        self._tasks.spawn(self._notify(chat, account, now))
-        return ASK_EVERY_S
-
-    def close(self) -> None:
-        self._tasks.cancel_all()
-
-    async def _notify(self, chat: Chat, account: Account, began: float) -> None:
-        try:
-            await chat.notify(account, start=True)
-        except AdapterError as exc:
-            log.info("notify.failed", bot=account.bot, host=chat.host_of(account.base_url), reason=exc.reason)
-            return
-        self.note(account.base_url, True, self._clock.monotonic() - began)

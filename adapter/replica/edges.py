@@ -7,8 +7,8 @@ from typing import Any
 
 from adapter import __version__
 from adapter.bridge.leases import Leases
+from adapter.bridge.pace import Successes
 from adapter.bridge.presence import Presence
-from adapter.bridge.sessions import Successes
 from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink

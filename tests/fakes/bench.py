@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from adapter.bridge.commands import Limits
 from adapter.bridge.handover import read_polled
 from adapter.bridge.leases import Tenure
+from adapter.bridge.pace import Successes
 from adapter.bridge.partition import Partition
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import AnswerState, Person
@@ -23,7 +24,7 @@ from adapter.bridge.poller import BotPoller
 from adapter.bridge.presence import Presence
 from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.sending import SendPolicy
-from adapter.bridge.sessions import BotSession, Successes
+from adapter.bridge.sessions import BotSession
 from adapter.bridge.window import InboundReceived, WindowPolicy
 from adapter.contract.names import Names, person_token, stream_of
 from adapter.contract.records import Binding, PersonKey

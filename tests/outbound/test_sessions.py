@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 
-from adapter.bridge.sessions import BotSession, BotSessions, Successes
+from adapter.bridge.pace import Successes
+from adapter.bridge.sessions import BotSession, BotSessions
 from adapter.errors import SessionExpired, Temporary
 from adapter.ports import Account
 from tests.capture import Capture
