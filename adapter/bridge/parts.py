@@ -70,7 +70,7 @@ class Parts(msgspec.Struct, frozen=True):
     stale_retry_s: Sequence[float]
     """Pauses between retries of a token that iLink has refused (-14)."""
     login_polls_s: Sequence[float]
-    """When a binding that needs a login is polled all the same (poller.LOGIN_POLLS_S)."""
+    """When a binding that needs a login is polled all the same (refused_token.LOGIN_POLLS_S)."""
     max_payload: Callable[[], int]
     is_writable: Callable[[], bool]
     """Whether `wait_writable` would return at once."""

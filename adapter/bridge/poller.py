@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.receive import Receiver
 from adapter.bridge.record import Gone
+from adapter.bridge.refused_token import RefusedToken
 from adapter.bridge.sessions import BotSession
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary
@@ -67,13 +68,6 @@ ON_TIME_MS = 5_000
 """An idle poll answered at most this long after the hinted hold confirms the hint."""
 INSTANT_S = 0.5
 """An answer without news within this time was no long poll. The poller then slows down."""
-STALE_RETRY_S = (5.0, 30.0)
-"""Pauses between retries of a token that iLink has refused. They are few, since users wait for the word that a login
-is needed, and most such tokens stay dead."""
-LOGIN_POLLS_S = (300.0, 3600.0, 86_400.0)
-"""A binding that needs a login is polled so long after the verdict, then at this interval, and after
-LOGIN_POLLED_OFTEN_S at that one. A verdict may be wrong: iLink answers -14 for causes that pass."""
-LOGIN_POLLED_OFTEN_S = 3 * 86_400.0
 AFTER_CANCEL_S = 0.2
 """Pause between a poll that was cut and the bot's next poll."""
 END_GRACE_S = 1.0
@@ -127,15 +121,6 @@ class _Pace(msgspec.Struct):
     """Consecutive polls answered at once without news."""
 
 
-class _Refusal(msgspec.Struct):
-    """iLink has refused a token (-14), which is tried again."""
-
-    binding: Binding
-    words: str
-    times: int = 0
-    """Times that it was refused again."""
-
-
 class BotPoller:
     """Polls one bot, from when its partition begins until it is another replica's, and a poll that is out has
     ended."""
@@ -161,7 +146,6 @@ class BotPoller:
         """A poll is out, or its answer is not stored yet."""
         self._parts = parts
         self._open_person = open_person
-        self._on_session_changed = on_session_changed
         self._wish = Wish.NONE
         self._wake = ChangeSignal()
         """A pause is to end: `_wish` has changed."""
@@ -172,7 +156,7 @@ class BotPoller:
         self._is_announced = False
         """iLink has confirmed that the bot is polled."""
         self._pace = _Pace()
-        self._refusal: _Refusal | None = None
+        self._refused = RefusedToken(bot, parts, self.session, on_session_changed)
 
     # for others -------------------------------------------------------------------------------------
 
@@ -237,7 +221,7 @@ class BotPoller:
         try:
             await self._serve()
         finally:
-            self._end_refusal()
+            self._refused.end()
             self.session.is_taken = False
             self.session.poll_now = self.session.leave = None  # breaks a reference cycle
             await shield_with_grace(self._announce_end(), END_GRACE_S)
@@ -355,7 +339,7 @@ class BotPoller:
 
     async def _wait_until_pollable(self, person: Person) -> Binding | None:
         """The binding to poll with, once the bus accepts writes and the lease is valid. A token that iLink has
-        refused is polled after a pause and a notifystart; a few times, then by LOGIN_POLLS_S.
+        refused is polled after a pause and a notifystart (`refused_token`).
 
         None: the poller must stop, or the bot is no longer bound. Raises Temporary.
         """
@@ -375,7 +359,7 @@ class BotPoller:
                 await parts.ticks.wait_tick()
                 self.unanswered_since = clock.monotonic()
                 continue
-            binding, refusal = bindings.get(self.bot), self._refusal
+            binding, refused = bindings.get(self.bot), self._refused
             if binding is None or binding.key != person.key:
                 return binding
             self._binding = binding
@@ -385,26 +369,21 @@ class BotPoller:
                 self._end_cut()
                 continue
             if binding.event_pending:
-                words = refusal.words if refusal is not None else ""
-                binding = await publish_login_event(bindings, parts.events, binding, words)
-            if refusal is not None and refusal.binding != binding:
-                self._end_refusal()
-                refusal = None
-            if refusal is not None and refusal.times >= len(parts.stale_retry_s):
+                binding = await publish_login_event(bindings, parts.events, binding, refused.words)
+            refused.check_binding(binding)
+            if refused.is_verdict_due:
                 self._check()  # another replica may poll by now
                 await mark_login(bindings, clock, binding, "needs_login")
                 continue  # its event has the words of the refusal
             if is_due:
                 await self._notify(start=True, even_stale=True)
-            if is_due or (binding.state != "needs_login" and refusal is None):
+            if is_due or (binding.state != "needs_login" and not refused):
                 return binding
-            if refusal is not None:
-                self._enter(State.STALE, refusal.words)
-                pause_s = parts.stale_retry_s[refusal.times]
+            if refused:
+                self._enter(State.STALE, refused.words)
             else:
                 self._enter(State.NEEDS_LOGIN, binding.reason)
-                passed_s = max(0, clock.now_ms() - binding.since_ms) / 1000
-                pause_s = login_poll_in_s(passed_s, parts.login_polls_s)
+            pause_s = refused.pause_s(binding)
             is_due = not await self._wait_until(bindings.changed, self._is_rebound(binding), pause_s)
             self._end_cut()  # the loop checks the reason again
             self.unanswered_since = clock.monotonic()
@@ -420,8 +399,8 @@ class BotPoller:
         pace.has_failed = True  # until all of it is done
         if binding.state == "needs_login":
             self._enter(State.NEEDS_LOGIN, binding.reason)
-        elif self._refusal is not None:
-            self._enter(State.STALE, self._refusal.words)
+        elif self._refused:
+            self._enter(State.STALE, self._refused.words)
         elif pace.failures or pace.timeouts >= DEAD_PATH_AFTER:
             self._enter(State.RETRYING, self.shown.why)
         else:
@@ -438,7 +417,7 @@ class BotPoller:
             polled = await self._poll(binding, self._cursor_of(person, binding))
         except SessionExpired as exc:
             parts.metrics.polls.labels(outcome="stale_token").inc()
-            await self._on_refused(exc)
+            await self._refused.refused(exc)
             return
         except Temporary:
             parts.metrics.polls.labels(outcome="error").inc()
@@ -464,8 +443,7 @@ class BotPoller:
             await parts.wakeups.wait_for_batch()
             if polled.cursor is not None and person.position <= started:  # else another owner's is newer
                 person.on_cursor(self.bot, polled.cursor)
-        if binding.state == "needs_login" or self._refusal is not None:
-            await self._on_accepted(binding)
+        await self._refused.accepted(binding, person.tenure)
         if polled.overlong:  # iLink may repeat the same messages for ever
             raise Temporary("cursor_too_long", f"The cursor has {polled.overlong} characters and cannot be kept.")
         if not has_news:
@@ -547,52 +525,6 @@ class BotPoller:
             log.warning("poll.dead_path", bot=self.bot, host=self._host(), timeouts=pace.timeouts)
             self.shown.why = f"iLink has not answered {pace.timeouts} polls in a row."
 
-    # a token that iLink refuses ---------------------------------------------------------------------
-
-    async def _on_refused(self, exc: SessionExpired) -> None:
-        """Handles -14 to a poll: the bot neither polls nor sends except for a few spaced retries, and then needs a
-        login (`_wait_until_pollable`). docs/reference/ilink-protocol.md, "Stale token", has what is known of -14.
-        Raises Temporary."""
-        parts = self._parts
-        binding, refusal = parts.bindings.get(self.bot), self._refusal
-        if binding is None or binding.state == "needs_login":
-            return
-        if refusal is not None and refusal.binding == binding:
-            refusal.times += 1
-            return
-        self._enter(State.STALE, exc.detail)
-        log.warning("session.stale", bot=self.bot, sandbox=binding.sandbox, detail=exc.detail)
-        self._refusal = _Refusal(binding, exc.detail)
-        self.session.is_stale = True
-        parts.sessions.changed.notify_all()
-        self._on_session_changed(binding)
-        advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
-        try:
-            await parts.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
-        except BaseException:  # the next refusal is told again
-            self._end_refusal()
-            raise
-
-    async def _on_accepted(self, binding: Binding) -> None:
-        """The verdict on a refused token was wrong, or is not true any more. Raises LeaseLost."""
-        parts, person = self._parts, self.person
-        assert person is not None
-        if binding.state == "needs_login":
-            tell: Callable[[], Awaitable[object]] = partial(
-                mark_login, parts.bindings, parts.clock, binding, "active"
-            )
-        else:
-            self._end_refusal()
-            tell = partial(parts.events.publish_binding_event, binding.event("recovered"))
-        await person.tenure.persist(tell, "binding", bot=self.bot)
-        log.info("session.recovered", bot=self.bot)
-
-    def _end_refusal(self) -> None:
-        if self._refusal is not None:
-            self._refusal, self.session.is_stale = None, False
-            if now := self._parts.bindings.get(self.bot):
-                self._on_session_changed(now)
-
     # the end ----------------------------------------------------------------------------------------
 
     async def _announce_end(self) -> None:
@@ -658,13 +590,3 @@ class BotPoller:
     ) -> bool:
         """Waits until `holds()` or the poller must stop; False after `timeout_s` seconds."""
         return await change.wait_until(lambda: self.stopping() or holds(), timeout_s, also=self._wake)
-
-
-def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
-    """Seconds until the next poll of a binding that has needed a login for `passed_s` seconds. Its time depends on
-    nothing else, so that no takeover makes it earlier or later."""
-    first_s, often_s, rarely_s = polls_s
-    if passed_s < first_s:
-        return first_s - passed_s
-    every_s = often_s if passed_s < LOGIN_POLLED_OFTEN_S else rarely_s
-    return every_s - passed_s % every_s

@@ -18,9 +18,10 @@ from adapter.bridge.media import MediaFetcher, Uploads
 from adapter.bridge.partitions import Partitions
 from adapter.bridge.parts import Bodies, Parts
 from adapter.bridge.persons import Persons
-from adapter.bridge.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
+from adapter.bridge.poller import BotPoller
 from adapter.bridge.presence import PollerStatus, Replicas, ReplicaStatus
 from adapter.bridge.receipts import Receipts
+from adapter.bridge.refused_token import LOGIN_POLLS_S, STALE_RETRY_S
 from adapter.bridge.router import Router
 from adapter.bridge.sending import SendPolicy
 from adapter.bridge.sessions import BotSessions

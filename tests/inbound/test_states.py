@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bridge.poller import LOGIN_POLLS_S, BotPoller, State
+from adapter.bridge.poller import BotPoller, State
+from adapter.bridge.refused_token import LOGIN_POLLS_S
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, raw
 
