@@ -326,7 +326,7 @@ async def _state(nc: Client) -> dict[str, Any]:
         (f"KV_{NAMES.leases}", f"$KV.{NAMES.leases}.>"),
         (f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.>"),
     ):
-        found[subject] = await stream(nc, name, subject)
+        found[subject] = sorted(await stream(nc, name, subject))  # an owner writes its keys again and again
     found["out of others"] = [s for s, _ in await stream(nc, NAMES.stream_out, ">") if not s.endswith(".s1")]
     consumers = json.loads((await nc.request("$JS.API.CONSUMER.NAMES.WECHAT_IN", timeout=10)).data)["consumers"]
     return found | {"consumers": sorted(consumers)}
