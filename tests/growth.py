@@ -1,4 +1,4 @@
-"""What is kept, counted: the tables of one object, and all that a process holds."""
+"""What is kept, counted: all that a process holds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ from types import ModuleType
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from adapter.tools.tasks import TaskSet
-
 TABLES = (dict, set, list, deque)
 
 Census: TypeAlias = Counter[str]
 """How many there are of each class, how much is in each table, open files and tasks."""
-
-
-def tables(thing: object) -> dict[str, int]:
-    """The length of each table among an object's own attributes, of its tasks, too."""
-    return {name: len(value) for name, value in sorted(vars(thing).items()) if isinstance(value, (*TABLES, TaskSet))}
 
 
 def census() -> Census:

@@ -33,7 +33,6 @@ PRIVATE = {
     "outbound/test_poison.py": "_sandbox",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
-    "test_growth.py": "_deleted",
     "ownership/test_presence.py": "_heard",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
@@ -87,8 +86,3 @@ def test_the_name_of_a_test_fits_into_a_line() -> None:
     functions = (node for _, tree in trees() for node in ast.walk(tree))
     names = [node.name for node in functions if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert [name for name in names if name.startswith("test_") and len(name) > NAME_CHARS] == []
-
-
-def test_a_private_name_would_be_found() -> None:
-    source = "from a import _b, c\nself._d = super()._e\nf._g(__h__)\n"
-    assert list(private(ast.parse(source))) == ["_b", "_g"]

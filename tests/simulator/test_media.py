@@ -383,17 +383,6 @@ async def test_s20_a_sample_is_made_as_long_as_wanted(client: Client, size: int)
     assert content[:100] == samples.archive()[:size][:100]
 
 
-async def test_the_cdn_keeps_the_latest_media(make: MakeClient) -> None:
-    client = await make(media_bytes_kept=100)
-    for _ in range(4):
-        client.sim.say_media(client.bot.user, "file", HELLO * 2)
-    payloads = [m["item_list"][0]["file_item"] for m in await client.follow()]
-
-    answers = [await client.http.get(payload["media"]["full_url"]) for payload in payloads]
-
-    assert [answer.status_code for answer in answers] == [400, 200, 200, 200]
-
-
 async def test_media_over_http(client: Client) -> None:
     content = base64.b64encode(HELLO).decode()
     admin = client.sim.admin_url
