@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import tracemalloc
 from typing import Any, NamedTuple
 
 import msgspec
@@ -204,22 +202,6 @@ def test_the_state_is_bounded() -> None:
     together = DedupWindow()
     remember(together, *many)
     assert together.kept(NOW) == seen.kept(NOW)
-
-
-def test_a_bots_memory_is_small() -> None:
-    """Ten thousand bots have one each."""
-    gc.collect()
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        bots = [DedupWindow() for _ in range(5)]
-        for seen in bots:
-            for number in range(2 * KEEP):
-                remember(seen, MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW, f"w{number}"))
-        after, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert (after - before) / len(bots) < 2.2 * KEEP * SIZE
 
 
 def test_other_words_under_the_same_seq_are_another_message() -> None:

@@ -86,8 +86,3 @@ def test_the_name_of_a_test_fits_into_a_line() -> None:
     functions = (node for _, tree in trees() for node in ast.walk(tree))
     names = [node.name for node in functions if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert [name for name in names if name.startswith("test_") and len(name) > NAME_CHARS] == []
-
-
-def test_a_private_name_would_be_found() -> None:
-    source = "from a import _b, c\nself._d = super()._e\nf._g(__h__)\n"
-    assert list(private(ast.parse(source))) == ["_b", "_g"]

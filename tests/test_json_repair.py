@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import tracemalloc
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.tools.decoding import as_utf8, without_controls, without_halves
 
-SIZE = 1 << 20
 PARTS = [
     '"',
     "\\",
@@ -54,36 +51,3 @@ def test_control_characters_are_read_as_if_they_were_escaped(texts: list[str], i
 def test_a_repair_needs_no_other(text: str) -> None:
     once = repaired(text.encode())
     assert repaired(once) == once
-
-
-UNITS = {
-    "control characters": b'"' + b"\x01" * SIZE + b'"',
-    "strings with one each": b"[" + b'"\x01",' * (SIZE // 4) + b"0]",
-    "one after many strings": b"[" + b'"a",' * (SIZE // 4) + b'"\x01"]',
-    "empty strings": b'["\x01",' + b'"",' * (SIZE // 3) + b"0]",
-    "escapes": b'"\x01' + rb"\n" * (SIZE // 2) + b'"',
-    "halves": b'"' + rb"\ud800" * (SIZE // 6) + b'"',
-    "halves of halves": b'"' + rb"\ud8" * (SIZE // 4) + b'"',
-    "backslashes": b'\x01"' + b"\\" * SIZE,
-    "an odd backslash": b'\x01"' + b"\\" * (SIZE + 1),
-    "quotes": b"\x01" + b'"' * SIZE,
-    "an open string": b'"\x01' + b"a" * SIZE,
-    "an open string that is whole": b'\x01,"' + b"a" * SIZE,
-    "no UTF-8": b'"' + b"\xff" * SIZE + b'"',
-}
-
-
-@pytest.mark.parametrize("name", UNITS)
-def test_a_megabyte_of_anything_is_one_pass(name: str) -> None:
-    """Two would be no matter; one for each character would not end today."""
-    repaired(UNITS[name])
-
-
-def test_the_memory_of_a_repair_is_some_times_what_is_repaired() -> None:
-    tracemalloc.start()
-    try:
-        for raw in UNITS.values():
-            repaired(raw[: SIZE // 4])
-        assert tracemalloc.get_traced_memory()[1] < 32 * SIZE
-    finally:
-        tracemalloc.stop()

@@ -101,15 +101,6 @@ async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     await until(lambda: not alive(pid))
 
 
-async def test_a_server_that_ends_by_itself_is_noticed() -> None:
-    async with EmbeddedNats() as server:
-        waiting = asyncio.create_task(server.wait_ended())
-        server.kill()
-        async with asyncio.timeout(30):
-            await waiting
-        assert not server.is_running
-
-
 def test_every_acknowledged_message_is_on_the_disk() -> None:
     assert "sync_interval: always" in server_config(Path("/x"), -1)
 

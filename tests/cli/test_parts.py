@@ -139,43 +139,6 @@ async def test_a_silence_is_explained_by_the_last_warning_since_the_start(
     assert said == [f"{begin} The agent is slow.", f"{begin} The last warning: bus.unreachable (away). It is gone."]
 
 
-def test_no_colours_and_no_prompt_without_a_terminal() -> None:
-    out = io.StringIO()
-    screen = Screen(out)
-    screen.prompt()
-    screen.show("you", "hello")
-    assert out.getvalue() == "you".ljust(LABEL) + "hello\n"
-
-
-def test_on_a_terminal_news_go_above_the_prompt() -> None:
-    out = Terminal()
-    screen = Screen(out, Editor())
-    screen.prompt()
-    screen.prompt()
-    screen.show("phone", "news")
-    screen.prompt()
-    screen.on_line_typed()
-    screen.show("phone", "more")
-    assert out.getvalue().count("you") == 2
-    assert out.getvalue().count("\x1b[J") == 1
-
-
-def test_news_show_again_what_is_being_typed() -> None:
-    class Typing(LineEditor):
-        def prompt(self, label: str) -> str:
-            asked.append(label)
-            return "" if len(asked) == 1 else f"{label}half a li"
-
-    asked: list[str] = []
-    out = Terminal()
-    screen = Screen(out, Typing())
-    screen.prompt()
-    screen.show("phone", "news")
-    screen.prompt()
-    assert out.getvalue().endswith("half a li")
-    assert len(asked) == 2
-
-
 class Forgetful(BusClient):
     """Answers when it is cancelled, and forgets that it was: as Python 3.11's wait_for does in the wrong moment."""
 

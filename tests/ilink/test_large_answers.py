@@ -144,10 +144,3 @@ async def test_who_waits_after_a_large_answer_that_cannot_be_read_does_not_keep_
     kept = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, IlinkReply)]
     assert frames
     assert not [reply for reply in kept if len(reply.body) > SMALL]
-
-
-async def test_a_byte_a_chunk_takes_no_more_memory_than_the_answer_has_bytes(server: Server, ilink: ILink) -> None:
-    body = FRAME % (b"x" * 200_000)
-    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
-    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
-    assert (await poll(ilink)).cursor == "b"

@@ -10,19 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter.simulator import Simulator
-from tests.simulator.client import FAST, LONG, Client, Json, ids, texts
+from tests.simulator.client import FAST, Client, Json, ids, texts
 from tests.simulator.conftest import MakeClient
-
-
-@pytest.mark.parametrize("style", ["held", "instant"])
-async def test_s6_a_setting_answers_a_timeout_of_0_at_once(make: MakeClient, style: str) -> None:
-    client = await make(LONG, zero_timeout=style)
-    asking = asyncio.create_task(client.call("getupdates", {"get_updates_buf": "", "timeout": 0}))
-    if style == "held":
-        await client.sim.until(lambda: client.sim.polls(client.bot.bot).now)
-        client.sim.say(client.bot.user, "hello")
-
-    assert len((await asking)["msgs"]) == (style == "held")
 
 
 async def test_s6_a_message_that_waits_is_answered_at_once(patient: Client) -> None:
@@ -70,15 +59,6 @@ async def test_s6_success_comes_with_and_without_ret(
     client = await make(ret_style=style)
 
     assert [(await client.poll()).get("ret") for _ in range(2)] == expected
-
-
-@pytest.mark.parametrize(("style", "expected"), [("bare", {}), ("ret_-1", {"ret": -1})])
-async def test_s6_a_poll_without_news_may_say_less(make: MakeClient, style: str, expected: Json) -> None:
-    client = await make(idle_style=style)
-
-    assert await client.poll() == expected
-    client.sim.say(client.bot.user, "hello")
-    assert texts(await client.follow()) == ["hello"]
 
 
 async def test_s6_messages_come_in_batches_in_their_order(make: MakeClient) -> None:

@@ -71,17 +71,6 @@ async def test_s21_ids_are_numbers_in_messages_and_quotes_unless_a_setting_says_
         assert isinstance(item["ref_msg"]["svr_id"], expected[0])
 
 
-async def test_s21_the_id_of_a_quoted_item_is_a_string_unless_a_setting_says_otherwise(client: Client) -> None:
-    """Clients that decode a string lose all messages of an answer in which it is a number."""
-    said = client.sim.say(client.bot.user, "hello")
-    await client.follow()
-    kinds = ("quote_full", "quote_type_8", "quote_type_0")
-    for style, expected in (("string", said.message_id), ("number", int(said.message_id))):
-        client.sim.configure(quoted_id_style=style)
-        found = [await quote(client, kind, of=said.message_id) for kind in kinds]
-        assert [reference["message_item"]["msg_id"] for reference in found] == [expected] * 3
-
-
 SAID_BY_BOT = "第一句。second sentence 😀, and ok ok ok at the end"
 
 

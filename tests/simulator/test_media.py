@@ -188,23 +188,6 @@ async def test_s19_a_bot_cannot_download_its_own_upload(talking: Client) -> None
     assert (response.status_code, response.text) == (400, "invalid encrypted_param")
 
 
-async def test_s19_a_setting_lets_a_bot_download_its_own_upload(make: MakeClient) -> None:
-    client = await make(own_download="served")
-    params = {"encrypted_query_param": await put(client)}
-    response = await client.http.get(f"{client.sim.cdn_url}/download", params=params)
-
-    assert (response.status_code, response.content) == (200, encrypt(HELLO, KEY))
-
-
-async def test_s17_a_setting_lets_a_bot_upload_for_a_stranger(make: MakeClient) -> None:
-    client = await make(stranger_upload="taken")
-
-    answer = await client.call("getuploadurl", upload(client, to_user_id="o9cq80nobody@im.wechat"))
-
-    assert set(answer) == {"upload_full_url"}
-    assert await client.call("getuploadurl", upload(client, to_user_id=[])) == {"ret": -1}
-
-
 async def test_f24_and_f25_strike_the_media_of_one_user(talking: Client) -> None:
     await talking.follow()
     other = Client(talking.sim, talking.sim.add_bot(), talking.http)
@@ -255,13 +238,6 @@ async def download(client: Client) -> httpx.Response:
     return await client.http.get(message["item_list"][0]["file_item"]["media"]["full_url"])
 
 
-async def test_s17_an_account_may_be_kept_from_media(make: MakeClient) -> None:
-    client = await make()
-    client.sim.configure(client.bot.bot, upload_ret=-2)
-
-    assert await client.call("getuploadurl", upload(client)) == {"ret": -2}
-
-
 async def test_s17_bad_manners_that_change_nothing(talking: Client) -> None:
     shouting: Json = {"aeskey": KEY.hex().upper().replace("0", "A"), "no_need_thumb": None}
 
@@ -289,31 +265,6 @@ async def test_s17_a_thumbnail_may_go_along(talking: Client) -> None:
     assert "thumb_upload_param" not in await talking.call(
         "getuploadurl", upload(talking, **thumb | {"media_type": 3})
     )
-
-
-@pytest.mark.parametrize(("style", "status"), [("full_url", 200), ("param", 500)])
-async def test_s17_large_uploads_may_need_the_whole_url(make: MakeClient, style: str, status: int) -> None:
-    client = await make(upload_url=style, param_upload_limit=15)
-    answer = await client.call("getuploadurl", upload(client))
-    url = answer.get("upload_full_url") or httpx.URL(
-        f"{client.sim.cdn_url}/upload",
-        params={"encrypted_query_param": answer["upload_param"], "filekey": upload(client)["filekey"]},
-    )
-
-    assert (await client.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS)).status_code == status
-
-
-@pytest.mark.parametrize(("style", "ret"), [("hidden", None), ("shown", None), ("refused", 2)])
-async def test_s19_voices_of_bots_are_not_shown(make: MakeClient, style: str, ret: int | None) -> None:
-    client = await make(voice_sends=style)
-    client.sim.say(client.bot.user, "hello")
-    assert (await client.call("getuploadurl", upload(client, media_type=4))).get("ret") == ret
-
-    answer = await client.send(item_list=[{"type": 3, "voice_item": {"media": {}}}])
-
-    assert (answer["ret"], "message_id" in answer) == (0, True)
-    assert len(client.sim.phone(client.bot.user)) == (style == "shown")
-    assert client.sim.sends(client.bot.bot)[0].why == ("shown" if style == "shown" else "voice")
 
 
 @pytest.mark.parametrize(
@@ -381,17 +332,6 @@ async def test_s20_a_sample_is_made_as_long_as_wanted(client: Client, size: int)
 
     assert len(content) == size
     assert content[:100] == samples.archive()[:size][:100]
-
-
-async def test_the_cdn_keeps_the_latest_media(make: MakeClient) -> None:
-    client = await make(media_bytes_kept=100)
-    for _ in range(4):
-        client.sim.say_media(client.bot.user, "file", HELLO * 2)
-    payloads = [m["item_list"][0]["file_item"] for m in await client.follow()]
-
-    answers = [await client.http.get(payload["media"]["full_url"]) for payload in payloads]
-
-    assert [answer.status_code for answer in answers] == [400, 200, 200, 200]
 
 
 async def test_media_over_http(client: Client) -> None:

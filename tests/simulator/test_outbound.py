@@ -29,21 +29,6 @@ async def test_s10_an_accepted_send_has_a_large_id_as_string_and_number_by_turns
 
 
 @pytest.mark.parametrize(
-    ("style", "expected"),
-    [("zero", [0] * 4), ("absent", [None] * 4), ("alternate", [0, None, None, 0])],
-)
-async def test_s10_an_accepted_send_comes_with_and_without_ret(
-    make: MakeClient, style: str, expected: list[int | None]
-) -> None:
-    client = await make(send_ret_style=style)
-    client.sim.say(client.bot.user, "hello")
-    answers = [await client.send() for _ in range(4)]
-
-    assert [answer.get("ret") for answer in answers] == expected
-    assert all(answer["message_id"] for answer in answers)
-
-
-@pytest.mark.parametrize(
     ("changes", "ret", "errmsg"),
     [
         pytest.param({"item_list": []}, -2, "unknown error", id="no items"),
@@ -159,14 +144,6 @@ async def test_s11_a_repeated_client_id_succeeds_and_shows_nothing_new(make: Mak
     assert client.sim.stats().duplicates_suppressed == 1
 
 
-async def test_s11_a_repeated_client_id_may_count(make: MakeClient) -> None:
-    client = await make(quota=1, duplicate_counts=True)
-    client.sim.say(client.bot.user, "hello")
-    await client.send(client_id="same")
-
-    assert (await client.send(client_id="same"))["ret"] == -2
-
-
 async def test_s11_a_missing_client_id_is_accepted_and_noted(talking: Client) -> None:
     assert (await talking.send(client_id=None))["ret"] == 0
     assert (await talking.send())["ret"] == 0
@@ -248,69 +225,6 @@ async def test_s14_getconfig_needs_the_user(client: Client) -> None:
     assert await client.call("getconfig", {"user_id": client.bot.user}) == expected
 
 
-async def test_s10_tool_call_items_may_be_shown(make: MakeClient) -> None:
-    client = await make(tool_calls="shown")
-    client.sim.say(client.bot.user, "hello")
-    item = {"type": 11, "is_completed": False, "tool_call_start_item": {"tool_name": "x", "tool_call_id": "1"}}
-
-    assert "message_id" in await client.send(item_list=[item])
-    assert client.sim.phone(client.bot.user)[0].items == [item]
-
-
-@pytest.mark.parametrize("style", ["ignored", "kept"])
-async def test_s10_a_setting_keeps_the_message_id_of_the_client(make: MakeClient, style: str) -> None:
-    client = await make(client_message_id=style)
-    client.sim.say(client.bot.user, "hello")
-
-    answer = await client.send("hi", message_id=str(2**63))
-
-    (shown,) = client.sim.phone(client.bot.user)
-    assert (shown.message_id == str(answer["message_id"]), shown.message_id == str(2**63)) == (True, style == "kept")
-
-
-@pytest.mark.parametrize(("style", "ret", "shown"), [("shown", 0, ["ab"]), ("refused", -2, [])])
-async def test_s10_several_items_may_be_refused(make: MakeClient, style: str, ret: int, shown: list[str]) -> None:
-    client = await make(several_items=style)
-    client.sim.say(client.bot.user, "hello")
-    items = [{"type": 1, "text_item": {"text": text}} for text in "ab"]
-
-    assert (await client.send(item_list=items))["ret"] == ret
-    assert client.phone() == shown
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        pytest.param({"item_list": None}, "empty_item_list", id="no item list"),
-        pytest.param({"item_list": [{"type": 1}]}, "malformed_item", id="item without payload"),
-        pytest.param({"item_list": [{"type": 1, "text_item": {"text": ""}}]}, "malformed_item", id="empty text"),
-    ],
-)
-async def test_incomplete_sends_may_be_answered_like_a_dead_token(
-    make: MakeClient, changes: dict[str, Any], why: str
-) -> None:
-    """Their structure is checked before the context token, and the session lives."""
-    client = await make(incomplete_sends="-14", stale_style="both")
-    client.sim.say(client.bot.user, "hello")
-
-    answer = await client.send(context_token=None, **changes)
-
-    assert answer == {"ret": -14, "errcode": -14, "errmsg": "session timeout"}
-    assert [(send.why, send.ret) for send in client.sim.sends(client.bot.bot)] == [(why, -14)]
-    assert (await client.send())["ret"] == 0
-    assert (await client.call("msg/notifystart"), client.phone()) == ({"ret": 0}, ["hi"])
-
-
-@pytest.mark.parametrize(("counts", "ret"), [(False, 0), (True, -2)])
-async def test_s15_typing_may_use_up_the_quota(make: MakeClient, counts: bool, ret: int) -> None:
-    client = await make(typing_counts=counts, quota=2)
-    client.sim.say(client.bot.user, "hello")
-    valid = await ticket(client)
-    assert [await typing(client, valid, status) for status in (1, 2)] == [0, 0]
-
-    assert (await client.send())["ret"] == ret
-
-
 async def test_s14_getconfig_before_any_inbound_is_minus_4(client: Client) -> None:
     answer = await client.call("getconfig", {"ilink_user_id": client.bot.user})
 
@@ -359,15 +273,6 @@ async def test_s14_a_ticket_expires(make: MakeClient) -> None:
     assert await typing(client, old, 1) == -2
     assert await typing(client, "made up", 1) == -2
     assert await typing(client, await ticket(client), 1) == 0
-
-
-async def test_s15_a_bad_ticket_may_be_accepted_and_switches_nothing(make: MakeClient) -> None:
-    client = await make(bad_ticket="accept")
-    client.sim.say(client.bot.user, "hello")
-
-    assert await typing(client, "made up", 1) == 0
-    assert not client.sim.typing(client.bot.user).on
-    assert client.sim.stats().violations["unknown_ticket"] == 1
 
 
 async def test_s16_notifystart_and_notifystop_keep_a_timeline(client: Client) -> None:

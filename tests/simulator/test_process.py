@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from adapter.simulator import SimulatorError, SimulatorSettings
+from adapter.simulator import SimulatorSettings
 from adapter.simulator.process import explanations, run
-from tests.simulator.client import Client, Json, headers
+from tests.simulator.client import Client, headers
 from tests.simulator.conftest import MakeClient
 
 Process = asyncio.subprocess.Process
@@ -170,43 +170,6 @@ async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
         assert (await client.http.post(f"{client.sim.admin_url}/say", content=content)).status_code == 400
 
 
-@pytest.mark.parametrize(
-    ("call", "arguments", "named"),
-    [
-        ("say", {"text": "x", "overides": {}}, "text, overrides"),
-        ("say_kind", {"kind": "text", "key_form": "none at all"}, "hex_base64, none"),
-        ("say_kind", {"kind": "quote_full", "nth": -1}, "nth: "),
-    ],
-)
-async def test_an_argument_that_cannot_be_is_named(client: Client, call: str, arguments: Json, named: str) -> None:
-    answer = await client.http.post(f"{client.sim.admin_url}/{call}", json={"to": client.bot.bot} | arguments)
-
-    assert answer.status_code == 400
-    assert named in answer.json()["error"]
-    assert client.sim.inbound(client.bot.bot) == []
-
-
-@pytest.mark.parametrize("fill", [True, False])
-@pytest.mark.parametrize("message", [None, [["seq", 1]]])
-async def test_a_message_that_is_no_object_is_not_injected(client: Client, message: Any, fill: bool) -> None:
-    for call, arguments in (("inject", {"message": message}), ("inject_many", {"messages": [message]})):
-        response = await client.http.post(
-            f"{client.sim.admin_url}/{call}", json={"to": client.bot.bot, "fill": fill, **arguments}
-        )
-        assert response.status_code == 400
-        assert "`object`" in response.json()["error"]
-    assert client.sim.inbound(client.bot.bot) == []
-
-
-async def test_an_unknown_call_lists_those_that_there_are(client: Client) -> None:
-    response = await client.http.get(f"{client.sim.admin_url}/nonsense")
-
-    assert response.status_code == 404
-    assert "say" in response.json()["post"]
-    assert "phone" in response.json()["get"]
-    assert (await client.http.get(f"{client.sim.admin_url}/say")).status_code == 405
-
-
 async def test_every_read_answers(client: Client) -> None:
     bot, user = client.bot.bot, client.bot.user
     client.sim.say(user, "hello")
@@ -242,16 +205,3 @@ async def test_settings_change_while_running_for_all_or_for_one(make: MakeClient
     settings = [client.sim.world.settings_of(client.sim.world.find(b.bot)) for b in (client.bot, other)]
 
     assert [(s.quota, s.hint_ms) for s in settings] == [(1, 35_000), (10, None)]
-
-
-async def test_settings_that_would_change_nothing_are_refused(client: Client) -> None:
-    for changes, why in (
-        ({"frozen_at_ms": 0}, "at the start: frozen_at_ms"),
-        ({"port": 1, "seed": 2}, "at the start: port, seed"),
-        ({"bot": client.bot.bot, "qr_ttl_s": 1}, "for all bots: qr_ttl_s"),
-    ):
-        with pytest.raises(SimulatorError, match=why):
-            client.sim.configure(**changes)
-
-    now = await look(client.http, client.sim.url, "settings")
-    assert await admin(client.http, client.sim.url, "configure", **now) == now

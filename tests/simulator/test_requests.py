@@ -41,17 +41,6 @@ async def test_s1_a_qr_code_comes_by_get_and_by_post(client: Client, method: str
     assert answer["qrcode_img_content"].startswith("https://")
 
 
-@pytest.mark.parametrize("path", ["getupdates", "get_bot_qrcode?bot_type=3"])
-@pytest.mark.parametrize("json_type", ["application/json", "application/octet-stream"])
-async def test_s1_answers_call_themselves_what_is_set(client: Client, path: str, json_type: str) -> None:
-    client.sim.configure(json_type=json_type)
-    url = f"{client.sim.url}/ilink/bot/{path}"
-    response = await client.http.post(url, json={"base_info": BASE_INFO}, headers=headers(client.bot.token))
-
-    assert response.headers["content-type"].partition(";")[0] == json_type
-    assert response.json()
-
-
 async def test_s1_other_paths_are_404(client: Client) -> None:
     for path in ("/", "/ilink/bot/nonsense", "/ilink/bot", "/getupdates"):
         assert (await client.http.post(client.sim.url + path, json={})).status_code == 404
@@ -217,23 +206,6 @@ async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Clien
 
     await client.poll()
     assert [violation.kind for violation in client.sim.violations()] == ["call_after_minus_14"]
-
-
-async def test_s5_a_setting_lets_a_token_die_of_its_users_silence(make: MakeClient) -> None:
-    """One project saw it after 24 to 30 hours."""
-    client = await make(idle_death_hours=24, frozen_at_ms=1_789_000_000_000)
-    client.sim.advance(23 * 3600)
-    client.sim.say(client.bot.user, "hello")
-    client.sim.advance(24 * 3600)
-    assert len((await client.poll())["msgs"]) == 1
-
-    client.sim.advance(1)
-    assert (await client.poll())["errcode"] == -14
-    client.sim.say(client.bot.user, "anybody there?")
-    assert (await client.poll())["errcode"] == -14
-
-    client.sim.revive_token(client.bot.bot)
-    assert len((await client.poll())["msgs"]) == 1
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut", "array", "bytes"])

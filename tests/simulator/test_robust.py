@@ -101,23 +101,6 @@ async def test_json_that_is_nested_too_deeply_is_malformed(client: Client) -> No
     assert response.json()["ret"] == -2
 
 
-async def test_records_are_bounded(make: MakeClient) -> None:
-    client = await make(hold_ms=0, records_per_bot=20, sends_per_bot=200, quota=0, history=20, batch_max=10)
-    client.sim.say(client.bot.user, "hello")
-    for _ in range(60):
-        client.sim.say(client.bot.user, "hello")
-        await client.follow()
-    for _ in range(205):
-        await client.send()
-
-    view = client.sim.polls(client.bot.bot)
-    assert (len(view.records), view.total) == (20, 60)
-    assert len(client.sim.calls(client.bot.bot, "getupdates")[0].times_ms) == 20
-    assert len(client.sim.sends(client.bot.bot)) == len(client.sim.phone(client.bot.user)) == 200
-    assert len(client.sim.inbound(client.bot.bot)) <= 21
-    assert client.sim.stats().shown == 205
-
-
 async def test_what_becomes_due_on_the_way_happens_at_its_own_time(make: MakeClient) -> None:
     client = await make(frozen_at_ms=1_789_000_000_000, token_death_delay_s=29)
     client.sim.say(client.bot.user, "hello")
