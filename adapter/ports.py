@@ -432,10 +432,6 @@ class Bucket(Protocol):
         Raises Conflict, Temporary (the bucket is full).
         """
 
-    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
-        """All entries whose key begins with the token `first` and a dot, or all entries, without deleted ones. Raises
-        Temporary."""
-
     async def read_since(self, revision: int) -> list[BucketEntry]:
         """The entries that are newer than a revision, and deletions whose markers are there, as the bucket's leader
         has them. Raises Temporary."""

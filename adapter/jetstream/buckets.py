@@ -69,16 +69,13 @@ class KvBucket:
         found = await self._history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
         return [self._entry(stored) for stored in found]
 
-    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
-        return [entry async for entry in self.read_entries(first) if entry.value is not None]
-
     async def read_since(self, revision: int) -> list[BucketEntry]:
         read = self._history.read(self.stream, self.subject(">"), after=revision, page=PAGE)
         return [self._entry(stored) async for stored in read]
 
-    async def read_entries(self, first: str = "") -> AsyncIterator[BucketEntry]:
-        """As ports.Bucket.list_prefix, with deleted entries. A key that is written meanwhile may come twice."""
-        async for stored in self._history.read(self.stream, self.subject(f"{first}.>" if first else ">"), page=PAGE):
+    async def read_entries(self) -> AsyncIterator[BucketEntry]:
+        """All, with deleted ones. A key that is written meanwhile may come twice."""
+        async for stored in self._history.read(self.stream, self.subject(">"), page=PAGE):
             yield self._entry(stored)
 
     def _entry(self, stored: StoredMessage) -> BucketEntry:

@@ -24,16 +24,6 @@ KEY = "s1.0123456789abcdef"
 Found = tuple[list[StoredMessage], dict[str, str]]
 
 
-async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
-    bucket = rig.bucket(NAMES.persons)
-    assert await bucket.list_prefix("s1") == []
-    first = await bucket.update(KEY, b"1", 0)
-    await bucket.update("s1.gone", b"2", 0)
-    await bucket.delete("s1.gone")
-    await bucket.update("s11.0123456789abcdef", b"3", 0)
-    assert await bucket.list_prefix("s1") == [BucketEntry(KEY, b"1", first)]
-
-
 @pytest.mark.parametrize("replicated", [False, True])
 async def test_a_bucket_gives_many_keys_at_once(rig: Rig, replicated: bool) -> None:
     bucket = KvBucket(rig.connection, NAMES.bindings, rig.publisher, replicated=replicated)

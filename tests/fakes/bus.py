@@ -282,11 +282,6 @@ class FakeBucket:
         found = [entry for entry in self.entries.values() if entry.revision > revision]
         return sorted(found, key=lambda entry: entry.revision)
 
-    async def list_prefix(self, first: str = "") -> list[BucketEntry]:
-        await asyncio.sleep(0)
-        found = [entry for key, entry in self.entries.items() if not first or key.startswith(f"{first}.")]
-        return [entry for entry in found if entry.value is not None]
-
     async def update(
         self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
     ) -> int:
