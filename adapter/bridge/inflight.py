@@ -92,7 +92,7 @@ class InFlight:
         try:
             await self.tell(command, result, address, shown)
         except Crashed as exc:
-            bare = CommandResult("dead_lettered", exc.reason, exc.detail)
+            bare = sending.crashed_result(exc)
             if result.may_be_sent:  # no dead letter, which somebody might send again
                 bare = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
             try:

@@ -27,7 +27,7 @@ from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import CommandRef
-from adapter.bridge.sending import CommandResult, QueuedCommand, unread, unreadable_result
+from adapter.bridge.sending import CommandResult, QueuedCommand, crashed_result, unread, unreadable_result
 from adapter.contract import messages as contract
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_ORIGINAL, UNROUTED, forwardable_headers
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
@@ -87,7 +87,7 @@ class Router:
                 sandbox = body.sandbox or UNROUTED
         except Exception:
             log.exception("delivery.crashed", sequence=delivery.seq)
-            result = CommandResult("dead_lettered", "crashed", Crashed().detail)
+            result = crashed_result(Crashed())
         command = unread(delivery, ref, sandbox)
         ident = command_id(body.id, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
         command.ref = msgspec.structs.replace(ref, id=ident)
@@ -114,7 +114,7 @@ class Router:
             copy = partial(self._copy, command)
             return result or await self._tenure.persist(copy, "routing", sandbox=command.sandbox)
         except Crashed as exc:
-            return CommandResult("dead_lettered", exc.reason, exc.detail)
+            return crashed_result(exc)
 
     async def _copy(self, command: QueuedCommand) -> CommandResult | None:
         """Copies and acknowledges a command. Returns how it ends if the copy is refused."""

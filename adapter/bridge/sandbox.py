@@ -192,7 +192,7 @@ class Sandbox:
         """Ends one that crashes the code. The persons go on as their bindings say. Raises LeaseLost."""
         with contextlib.suppress(Crashed):
             await self._persist(partial(self._reopen, control.ref.sequence), control)
-        await self._finish(control, CommandResult("dead_lettered", exc.reason, exc.detail))
+        await self._finish(control, sending.crashed_result(exc))
 
     async def _finish(self, control: QueuedCommand, result: CommandResult) -> None:
         """Publishes the final receipt, answers, and acknowledges. Raises LeaseLost."""
@@ -362,7 +362,7 @@ class Sandbox:
         try:
             result = await self._persist(work, control)
         except Crashed as exc:
-            result = CommandResult("dead_lettered", exc.reason, exc.detail)
+            result = sending.crashed_result(exc)
         await self._finish(control, result)
 
     def _before(self, control: QueuedCommand) -> list[Binding]:
@@ -455,7 +455,7 @@ class Sandbox:
             named = person_token(self.name, command.user)
             of_user = [binding for binding in of_user if binding.key.person == named] or of_user
             if not (bound := of_user or [binding for binding in bound if not binding.user]):
-                raise Refused("not_bound", sending.UNSERVED)
+                raise Refused("not_bound", sending.UNSERVED.detail)
         if not bound:
             raise Refused("not_bound", GONE)
         if len({binding.key for binding in bound}) > 1:

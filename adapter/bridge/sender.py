@@ -230,7 +230,7 @@ class Sender:
     async def _after_crash(self, exc: BaseException, crashes: int) -> None:
         """The third crash ends the first command. Commands that were merged are tried one by one before."""
         if self.queue and crashes >= ATTEMPTS:
-            await self._end([(self.queue[0], _crashed(self.queue[0], type(exc).__name__))])
+            await self._end([(self.queue[0], _crashed(self.queue[0], exc))])
             return
         if self.queue:
             self._alone_up_to = max(self._alone_up_to, self.queue[: sending.MERGED_AT_ONCE][-1].sequence)
@@ -242,10 +242,10 @@ class Sender:
         try:
             await self.person.open()
         except (RecordTooNew, Refused):
-            now_ms, result = self._parts.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
+            now_ms, result = self._parts.clock.now_ms(), sending.EXPIRED
             over = [command for command in self.queue if command.expires_ms <= now_ms]
             if self.person.bot is None:
-                over, result = self.queue, CommandResult("refused", "not_bound", sending.UNSERVED)
+                over, result = self.queue, sending.UNSERVED
             if not over:
                 left_s = [(each.expires_ms - now_ms) / 1000 for each in self.queue]
                 await self._parts.clock.sleep(min([UNREADABLE_S, *left_s]))
@@ -278,8 +278,7 @@ class Sender:
         elif not head.is_checked:
             await self._look_up(queue[:MAX_TOGETHER])
         elif person.bot is None:
-            result = CommandResult("refused", "not_bound", sending.UNSERVED)
-            await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
+            await self._end([(command, sending.UNSERVED) for command in queue[:MAX_TOGETHER]])
         elif progress is not None and not progress.has_command(head.ref):
             self._find_head(progress)
         elif ended := self._end_of(head, person.bot):
@@ -313,9 +312,8 @@ class Sender:
             self._attempt = _Attempt()
 
     async def _end_expired(self, now_ms: int) -> None:
-        result = CommandResult("refused", "expired", sending.EXPIRED)
         expired = sending.expired(self.queue, self.person.state, now_ms)[: sending.MERGED_AT_ONCE]
-        await self._end([(command, await self._result_of_repeat(command) or result) for command in expired])
+        await self._end([(command, await self._result_of_repeat(command) or sending.EXPIRED) for command in expired])
         self._expires_ms = min((command.expires_ms for command in self.queue), default=math.inf)
 
     async def _look_up(self, commands: Sequence[QueuedCommand]) -> None:
@@ -346,7 +344,7 @@ class Sender:
                 return CommandResult("uncertain", "", detail)
             return None
         if head.user and self.person.user not in ("", head.user):
-            return CommandResult("refused", "not_bound", sending.UNSERVED)
+            return sending.UNSERVED
         return OTHER_USER if self._answers_other(head) else None
 
     async def _result_of_repeat(self, command: QueuedCommand) -> CommandResult | None:
@@ -444,7 +442,7 @@ class Sender:
                 command.is_checked = False
                 return
             except Crashed as exc:
-                result = CommandResult("dead_lettered", exc.reason, exc.detail)
+                result = sending.crashed_result(exc)
             else:
                 command.parked = True
                 self._attempt.content_of = _NOTHING  # what was uploaded may be gone when its turn comes
@@ -699,8 +697,8 @@ class Sender:
         return self._tenure.persist(self.person.save, "record", sandbox=self.person.key.sandbox)
 
 
-def _crashed(command: QueuedCommand, detail: str) -> CommandResult:
+def _crashed(command: QueuedCommand, exc: BaseException) -> CommandResult:
     """How a command ends at which the code raises. What is not known to be new may have been sent."""
     if not command.is_checked:
-        return CommandResult("uncertain", detail=detail)
-    return CommandResult("dead_lettered", "crashed", detail)
+        return CommandResult("uncertain", detail=type(exc).__name__)
+    return sending.crashed_result(exc)

@@ -38,7 +38,7 @@ from adapter.bridge.window import WindowPolicy
 from adapter.contract.messages import Bind, Erase, Outcome, Unbind
 from adapter.contract.names import author_traceparent
 from adapter.contract.quotes import placeholder_summary
-from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
+from adapter.errors import AdapterError, Crashed, Refused, Throttled, Uncertain, Unreadable
 from adapter.ports import Accepted, Account, Content, Delivery
 
 MAX_RESENDS = 1
@@ -54,8 +54,6 @@ MERGED_AT_ONCE = 32
 """Most texts in one merged message."""
 CONTROL = ("bind", "unbind", "erase")
 """What the owner of a sandbox applies, in order among its commands."""
-EXPIRED = "It was not sent in time."
-UNSERVED = "No bot of the sandbox serves this user, or not any more."
 
 
 class SendPolicy(msgspec.Struct, frozen=True):
@@ -105,6 +103,10 @@ class CommandResult(msgspec.Struct, frozen=True):
     def may_be_sent(self) -> bool:
         """The message may be on the user's phone."""
         return self.is_sent or self.outcome == "uncertain"
+
+
+EXPIRED = CommandResult("refused", "expired", "It was not sent in time.")
+UNSERVED = CommandResult("refused", "not_bound", "No bot of the sandbox serves this user, or not any more.")
 
 
 class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
@@ -176,9 +178,10 @@ def unreadable_result(exc: Refused | Unreadable) -> CommandResult:
     return CommandResult("refused" if isinstance(exc, Refused) else "dead_lettered", exc.reason, exc.detail)
 
 
-def crashed_result(exc: Exception) -> CommandResult:
+def crashed_result(exc: BaseException) -> CommandResult:
     """How a command ends at which the code raises."""
-    return CommandResult("dead_lettered", "crashed", type(exc).__name__)
+    detail = exc.detail if isinstance(exc, Crashed) else type(exc).__name__
+    return CommandResult("dead_lettered", "crashed", detail)
 
 
 # before a request -------------------------------------------------------------------------------------
