@@ -39,7 +39,7 @@ WORKING_AFTER = 2
 GIVE_UP_S = 3600.0
 """Time after which a message is given up with an answer to the user, whose next messages wait for it."""
 LONGEST = 16_000
-"""Most characters of an answer. So many fit into the parts of a text, wherever it is cut (outbound/commands.py)."""
+"""Most characters of an answer. So many fit into the parts of a text, wherever it is cut (bridge/commands.py)."""
 CLOSING_CHARS = 16
 """Room behind an answer that is cut: an ellipsis, line breaks and the end of a code fence."""
 UNFIT = ("too_long", "invalid", "media")
