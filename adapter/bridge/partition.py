@@ -18,12 +18,13 @@ import structlog
 
 from adapter.bridge import sending
 from adapter.bridge.commands import PEER, command_id, decode_command, identity_of, read_command, salvage_ids
+from adapter.bridge.controls import read_control
 from adapter.bridge.handover import Handover, say_polled
 from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
-from adapter.bridge.sandbox import Sandbox, read_control
+from adapter.bridge.sandbox import Sandbox
 from adapter.bridge.sender import Phase, Sender
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators

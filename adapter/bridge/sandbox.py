@@ -20,8 +20,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bridge import sending
-from adapter.bridge.commands import command_id
+from adapter.bridge import controls, sending
 from adapter.bridge.handover import Handover
 from adapter.bridge.inflight import InFlight
 from adapter.bridge.leases import Tenure
@@ -35,28 +34,20 @@ from adapter.bridge.typing_indicator import TypingIndicators
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingChange, Erase, Unbind
 from adapter.contract.names import (
-    H_MSG_ID,
     H_REPLY_TO,
     H_SCHEMA,
-    LAYOUT_KEY,
     UNROUTED,
-    check_sandbox,
-    in_words,
     is_inbox,
     person_token,
 )
 from adapter.contract.records import Binding, PersonKey
-from adapter.errors import UNDECODABLE, AdapterError, Crashed, LeaseLost, Refused, Temporary, Unreadable
-from adapter.tools.seal import bind_context, cursor_context
+from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, Temporary
 from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
-BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
-"""The ends of all known ids of iLink."""
-_KINDS: dict[str, type[Bind | Unbind | Erase]] = {"bind": Bind, "unbind": Unbind, "erase": Erase}
 GONE = "No bot is bound to this sandbox (or not the one named): bind it first."
 
 
@@ -249,7 +240,7 @@ class Sandbox:
     async def _bind(self, control: QueuedCommand, bind: Bind) -> CommandResult:
         """Binds a bot. Another bot of the same user here is replaced. Raises Refused before anything has changed."""
         bindings, number = self._parts.bindings, control.sequence
-        token = self._open_token(bind)
+        parts, token = self._parts, controls.open_token(self.name, bind, self._parts.sealer)
         if bind.base_url:
             self._parts.chat.check_base_url(bind.base_url)
         bindings.ensure_known(bind.bot)
@@ -258,8 +249,9 @@ class Sandbox:
             self._tenure.check()
             if now is not None and now.sandbox == self.name and now.bound >= number:  # it was applied
                 return None
-            binding = self._new_binding(control, bind, now, token)
-            return None if now is not None and self._is_unchanged(now, binding) else binding
+            others = [each for each in self._bindings() if each.bot != bind.bot and bind.user == each.user != ""]
+            made = controls.new_binding(self.name, bind, now, others, token, number, parts)
+            return None if now is not None and controls.is_unchanged(now, made, parts.sealer) else made
 
         await bindings.change(bind.bot, make)
         bindings.ensure_known(bind.bot)  # a newer version may have written meanwhile
@@ -269,68 +261,6 @@ class Sandbox:
             await self._announce(binding, "bound", control)
         replaced = await self.drop_replaced(binding)
         return CommandResult("applied", bots=tuple(replaced))
-
-    def _open_token(self, bind: Bind) -> str:
-        """The bot's token. A bind from a login has it sealed, for this bot and sandbox. Also checks the ids."""
-        token, user = bind.bot_token, bind.user or ""
-        token = self._parts.sealer.open_given(bind_context(self.name, bind.bot), token)
-        if not all("!" <= char <= "~" for char in bind.bot + token + user):
-            raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
-        if bind.bot == LAYOUT_KEY:
-            raise Refused("invalid", f"No bot is called {LAYOUT_KEY}.")
-        if not bind.check:
-            return token
-        for kind, ident, suffix in (("bot", bind.bot, BOT_SUFFIX), ("user", user, USER_SUFFIX)):
-            if ident and not ident.endswith(suffix):
-                advice = "bind it unchecked if iLink has others by now."
-                raise Refused("invalid", f"A {kind}'s id ends with {suffix}; {advice}")
-        owner = token.partition(":")[0]
-        if owner.endswith(BOT_SUFFIX) and owner != bind.bot:
-            raise Refused("invalid", "The token is another bot's: it begins with the id of its bot.")
-        return token
-
-    def _new_binding(self, control: QueuedCommand, bind: Bind, now: Binding | None, token: str) -> Binding:
-        """The binding that a bind makes of the present one. Raises Refused."""
-        sealer, user = self._parts.sealer, bind.user or ""
-        others = [each for each in self._bindings() if each.bot != bind.bot and user and each.user == user]
-        if now is not None:
-            if now.sandbox != self.name:
-                raise Refused("bound_elsewhere", "The bot serves another sandbox: unbind it there first.")
-            if user != now.user and user and (now.user or others):
-                raise Refused("bound_elsewhere", "The bot serves another user: unbind it first.")
-        # who was bound twice without being named is two persons: the one that bears the user's name goes on
-        named = person_token(self.name, user or bind.bot)
-        known = now or min(others, key=lambda each: each.person != named, default=None)
-        return Binding(
-            sandbox=self.name,
-            bot=bind.bot,
-            token=sealer.seal(bind.bot, token),
-            user=user or (now.user if now is not None else ""),
-            base_url=(bind.base_url or "").rstrip("/"),
-            options=bind.options,
-            since_ms=self._parts.clock.now_ms(),
-            bound=control.sequence,
-            start_cursor=self._sealed_start_cursor(bind, now),
-            person=known.person if known is not None else named,
-            since=known.since if known is not None else control.sequence,
-        )
-
-    def _sealed_start_cursor(self, bind: Bind, now: Binding | None) -> str | None:
-        """The sealed cursor. An unchanged cursor keeps its sealed text, so that the bind changes nothing."""
-        context, bound = cursor_context(bind.bot), now.start_cursor if now is not None else None
-        if not bind.cursor:
-            return None
-        if bound is not None and self._parts.sealer.is_same_secret(context, bound, bind.cursor):
-            return bound
-        return self._parts.sealer.seal(context, bind.cursor)
-
-    def _is_unchanged(self, before: Binding, after: Binding) -> bool:
-        """Whether a bind changes nothing, so that the poller continues. A bind after a dead token always counts as
-        a change."""
-        if before.state != "active" or not self._parts.sealer.is_same_secret(before.bot, before.token, after.token):
-            return False
-        unimportant = {"token": "", "since_ms": 0, "bound": 0, "event_pending": False}
-        return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     async def drop_replaced(self, binding: Binding) -> list[str]:
         """Ends the other bots of a person; the one that was bound last goes on. Returns them. Raises Temporary,
@@ -499,32 +429,3 @@ class Sandbox:
     def _persist(self, work: Callable[[], Awaitable[T]], control: QueuedCommand) -> Awaitable[T]:
         """Raises LeaseLost, Crashed."""
         return self._tenure.persist(work, control.kind, sandbox=self.name, sequence=control.sequence)
-
-
-def read_control(command: QueuedCommand) -> CommandResult | None:
-    """Reads a bind, unbind or erase. Returns how it ends if it is none."""
-    delivery, sandbox, verb = command.delivery, command.sandbox, command.kind
-    ident, problem = "", None
-    try:
-        if len(delivery.data) > contract.COMMAND_BYTES:
-            raise Unreadable("too_large", f"At most {contract.COMMAND_BYTES} bytes are read.")
-        try:
-            command.control = msgspec.json.decode(delivery.data, type=_KINDS[verb])
-        except UNDECODABLE as exc:
-            raise Unreadable("unreadable", in_words(exc)) from exc
-        if verb != "erase" or sandbox != UNROUTED:
-            check_sandbox(sandbox)
-        if command.control.sandbox not in (None, sandbox):
-            raise Refused("invalid", "The body names another sandbox than the subject.")
-        command.bot = "" if isinstance(command.control, Erase) else command.control.bot or ""
-    except (Refused, Unreadable) as exc:
-        problem = sending.unreadable_result(exc)
-    with contextlib.suppress(*UNDECODABLE):  # whoever waits for its receipt knows its id
-        ident = msgspec.json.decode(delivery.data, type=_Named).id or ""
-    ident = command_id(ident, "", delivery.headers.get(H_MSG_ID, ""), delivery.seq)
-    command.ref = structs.replace(command.ref, id=ident)
-    return problem
-
-
-class _Named(msgspec.Struct):
-    id: contract.CommandId | None = None
