@@ -18,7 +18,7 @@ START, END = "<!-- roles -->\n", "<!-- /roles -->"
 COLUMNS = ("adapter", "operator", "platform", "service", "agents", "own", "untrusted", "other")
 """own: a sandbox, untrusted: one that is not trusted, both on subjects with their name in the place of `<sandbox>`;
 other: a sandbox on subjects with another's."""
-HEADS = (*COLUMNS[:5], "sandbox: its own", "untrusted: its own", "sandbox: another's")
+HEADS = (*COLUMNS[:5], "sandbox", "untrusted", "another sandbox")
 
 STREAMS = (
     *("WECHAT_IN", "WECHAT_OUT", "WECHAT_EVENT", "WECHAT_DEAD"),
@@ -221,26 +221,29 @@ ROWS = [*SUBJECTS, *api_rows()]
 
 
 def table() -> str:
-    """As the README shows it."""
-    lines = [f"| | subject | {' | '.join(HEADS)} |", "|---|---|" + "---|" * len(HEADS)]
-    for row in SUBJECTS:
-        shared = SANDBOX not in row.subject
-        cells = [("yes" if row.may(column) else "") for column in COLUMNS]
-        lines.append(_line(row.does, row.subject, [*cells[:-1], "" if shared else cells[-1]]))
+    """As the README shows it: who may use each subject, which streams of JetStream's API, and what nobody may."""
+    lines = ["| | subject | who |", "|---|---|---|"]
+    lines += [f"| {row.does} | `{row.subject}` | {_who(row)} |" for row in SUBJECTS if row.who]
+    lines += ["", "| publish, of the streams | adapter | operator |", "|---|---|---|"]
     for subject, may in API:
-        cells = [
-            "yes" if may.get(c) == ALL and "<stream>" not in subject else _names(may.get(c, "")) for c in COLUMNS
-        ]
-        lines.append(_line("publish", subject, cells))
+        if may:
+            cells = [_names(may.get(column, ""), subject) for column in ("adapter", "operator")]
+            lines.append(f"| `{subject}` | {' | '.join(cells)} |")
+    for does in ("publish", "subscribe"):
+        refused = [row.subject for row in SUBJECTS if row.does == does and not row.who]
+        refused += [subject for subject, may in API if does == "publish" and not may]
+        lines += ["", f"Nobody may {does}: {', '.join(f'`{subject}`' for subject in refused)}."]
     return "\n".join(lines) + "\n"
 
 
-def _line(does: str, subject: str, cells: Sequence[str]) -> str:
-    return f"| {does} | `{subject}` | {' | '.join(cells)} |"
+def _who(row: Row) -> str:
+    return ", ".join(head for head, column in zip(HEADS, COLUMNS, strict=True) if row.may(column))
 
 
-def _names(streams: str) -> str:
-    return streams if streams == ALL else ", ".join(f"`{stream}`" for stream in streams.split())
+def _names(streams: str, subject: str) -> str:
+    if streams == ALL:
+        return "all" if "<stream>" in subject else "yes"
+    return ", ".join(f"`{stream}`" for stream in streams.split())
 
 
 def rendered() -> str:
