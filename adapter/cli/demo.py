@@ -187,6 +187,8 @@ class TalkSession:
         self._call_off: Callable[[], None] = lambda: None
         self._open = 0
         """Lines without an answer."""
+        self._ended: set[str] = set()
+        """Subjects of final receipts. A receipt may arrive twice, and closes one line."""
         self._failed = False
 
     async def run(self, lines: AsyncIterator[str], patience_s: float) -> int:
@@ -275,13 +277,15 @@ class TalkSession:
     async def _on_receipt(self, msg: Msg) -> None:
         """Shows what became of an answer, then what the phone shows of it."""
         receipt = msgspec.json.decode(msg.data, type=Receipt)
-        if receipt.outcome == "accepted" and not receipt.message_ids:  # typing
+        typing = receipt.outcome == "accepted" and not receipt.message_ids
+        if typing or msg.subject in self._ended:
             return
         self._screen.show("receipt", describe(receipt))
         if receipt.outcome == "accepted":
             for message_id in receipt.message_ids:
                 self._screen.show("phone", await self._on_phone(message_id))
         if receipt.outcome in FINAL_OUTCOMES:
+            self._ended.add(msg.subject)
             self._close(receipt.outcome == "accepted")
 
     async def _on_phone(self, message_id: str) -> str:
