@@ -22,6 +22,7 @@ RUN for package in ${LEAVE_OUT}; do set -- "$@" "--no-install-package=${package}
  && /tools/bin/uv sync --quiet --frozen --no-build --no-dev --extra=voice --no-install-project --python python3 "$@"
 COPY README.md LICENSE ./
 COPY adapter adapter
+COPY wechat_nats wechat_nats
 # Bytecode that is checked by nothing: the files never change, and a time in them would make each build another.
 RUN /tools/bin/uv build --quiet --wheel --no-build-isolation --python /tools/bin/python \
  && /tools/bin/pip --python /opt/wechat-nats/bin/python install --quiet --no-deps --no-index --no-compile dist/*.whl \

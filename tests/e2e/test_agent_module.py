@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from adapter.agent import Message, Sandbox
 from adapter.agent.texts import TEXTS
 from adapter.contract.messages import Outbound, OutFile
 from adapter.errors import Refused
@@ -24,6 +23,7 @@ from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import World, environ_of, fast, until
 from tests.forks import fork
+from wechat_nats import Message, Sandbox
 
 
 class Place:
