@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from adapter.agent.program import STDERR, Program, last_line
-from adapter.agent.runner import Turn, replace_texts
+from adapter.agent.runner import Turn, replace_json
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ class Names:
         if name and self._names.get(session) != name:
             self._names[session] = name
             try:
-                replace_texts(self._file, self._names)
+                replace_json(self._file, self._names)
             except OSError as exc:
                 log.error("agent.session_not_stored", detail=str(exc))
 

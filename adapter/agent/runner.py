@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from uuid import NAMESPACE_URL, uuid5
 
 import msgspec
@@ -30,6 +30,8 @@ from adapter.contract.names import digest
 from adapter.errors import AdapterError, Temporary
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 TYPING_AFTER_S, TYPING_S = 0.5, 30.0
 """Delay before typing is shown, so that a quick answer shows none, and its interval: it is shown for a minute."""
@@ -94,11 +96,11 @@ def cut(text: str, most: int) -> tuple[str, bool]:
     return data[:most].decode(errors="ignore"), len(data) > most
 
 
-async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+async def until_answered(turn: Turn, ask: Callable[[], Awaitable[T]]) -> T:
     """Repeats `ask` while it raises Temporary, which is told once. Raises Temporary after GIVE_UP_S."""
     told = False
 
-    async def ask_once() -> Answer:
+    async def ask_once() -> T:
         nonlocal told
         try:
             return await ask()
@@ -111,10 +113,10 @@ async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> An
     return await retry(ask_once, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
 
 
-def replace_texts(file: Path, texts: dict[str, str]) -> None:
-    """Writes a JSON object as a whole or not at all. Raises OSError."""
+def replace_json(file: Path, value: object) -> None:
+    """Writes a file as a whole or not at all. Raises OSError."""
     with file.with_suffix(".new").open("wb") as new:
-        new.write(msgspec.json.encode(texts))
+        new.write(msgspec.json.encode(value))
         new.flush()
         os.fsync(new.fileno())
     os.replace(new.name, file)
@@ -151,7 +153,7 @@ class Sessions:
 
     def _store(self, begun: dict[str, str]) -> None:
         if self._file is not None:
-            replace_texts(self._file, begun)
+            replace_json(self._file, begun)
 
 
 class Runner:

@@ -107,15 +107,15 @@ class Webhook:
         try:
             async with asyncio.timeout(self._timeout_s):
                 async with self._http.stream("POST", self._url, content=body, headers=headers) as response:
-                    _check_status(response)
+                    check_status(response)
                     return await self._read_answer(response)
         except (httpx.TransportError, TimeoutError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
 
     async def _read_answer(self, response: httpx.Response) -> Answer:
         if response.headers.get("content-type", "").partition(";")[0].strip() != JSON:
-            return Answer((await _read_body(response, self._max_output)).decode(errors="replace"))
-        body = await _read_body(response, ITEMS_BYTES)
+            return Answer((await read_body(response, self._max_output)).decode(errors="replace"))
+        body = await read_body(response, ITEMS_BYTES)
         try:
             answer = msgspec.json.decode(body or b"{}", type=WebhookReply)
         except UNDECODABLE:
@@ -146,7 +146,8 @@ async def _stored(sandbox: Sandbox, item: OutItem) -> OutItem:
     return replace(item, data=None, media=await sandbox.put_media(item.data, item.name))
 
 
-async def _read_body(response: httpx.Response, most: int) -> bytes:
+async def read_body(response: httpx.Response, most: int) -> bytes:
+    """Raises Refused above `most` bytes, and if the body is compressed."""
     if response.headers.get("content-encoding", "identity") != "identity":  # 2 kB may unpack to 2 GB at once
         raise Refused("response", "The response is compressed, although the request says Accept-Encoding: identity.")
     body = bytearray()
@@ -157,12 +158,12 @@ async def _read_body(response: httpx.Response, most: int) -> bytes:
     return bytes(body)
 
 
-def _check_status(response: httpx.Response) -> None:
-    """Raises Temporary, Refused."""
-    status = response.status_code
+def check_status(response: httpx.Response, code: str = "") -> None:
+    """`code`: what else the server says of it. Raises Temporary, Refused."""
+    status, said = response.status_code, f"HTTP {response.status_code} {code}".rstrip()
     if status == 429 or status >= 500:
         after = response.headers.get("retry-after", "")
         wait_s = float(after) if after.isascii() and after.isdigit() else None
-        raise Temporary("status", f"HTTP {status}", retry_after_s=wait_s)
+        raise Temporary("status", said, retry_after_s=wait_s)
     if not response.is_success:
-        raise Refused("status", f"HTTP {status}")
+        raise Refused("status", said)

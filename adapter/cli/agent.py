@@ -1,4 +1,4 @@
-"""`agent`: connects an existing agent to a sandbox: a program, a URL, or an agent on NATS."""
+"""`agent`: connects an existing agent to a sandbox: a program, a URL, a model, or an agent on NATS."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ from adapter.settings import Settings, read_settings
 from adapter.tools import logs
 
 if TYPE_CHECKING:
+    import httpx
+
     from adapter.agent.nats_agent import NatsAgent
+    from adapter.agent.openai import ChatAgent
     from adapter.agent.webhook import Webhook
 
 log = structlog.get_logger()
@@ -45,6 +48,7 @@ log = structlog.get_logger()
 AGENTS = "AGENTS_"
 """Prefix of the variables for the connection to agents: AGENTS_NATS_URL and so on."""
 SECRET = "WECHAT_WEBHOOK_SECRET"
+KEY = "OPENAI_API_KEY"
 ANY = "*?"
 """Characters that make a pattern of a sandbox's id."""
 IN_FOLDERS = str.maketrans(ANY, "+=")
@@ -93,6 +97,23 @@ class AgentChoice:
             help="A program that speaks the Agent Client Protocol, such as 'gemini --acp'; runs all the time.",
         ),
     ] = None
+    openai: Annotated[
+        str | None,
+        Parameter(
+            metavar="URL",
+            help=f"A server with OpenAI's chat interface, such as http://localhost:11434/v1, see --model and {KEY}.",
+        ),
+    ] = None
+    model: Annotated[str | None, Parameter(metavar="NAME", help="The model of --openai.")] = None
+    system: Annotated[str, Parameter(metavar="TEXT", help="What the model of --openai is told first.")] = ""
+    history: Annotated[
+        int,
+        Parameter(
+            validator=validators.Number(gte=0, lte=1000),
+            metavar="NUMBER",
+            help="Most earlier messages of a person, with their answers, that the model of --openai is shown.",
+        ),
+    ] = 20
     timeout: Annotated[
         Timeout, Parameter(metavar="SECONDS", help="Seconds that a program or a response may take.")
     ] = 600.0
@@ -115,8 +136,11 @@ class AgentChoice:
 
     def check(self) -> None:
         """Raises Failed unless one agent is named, whose program is there if it has one."""
-        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent, self.agent, self.acp)) != 1:
-            raise Failed(USAGE, "Give one of --acp, --agent, --exec, --http and --nats-agent.")
+        kinds = (self.program, self.http, self.nats_agent, self.agent, self.acp, self.openai)
+        if sum(kind is not None for kind in kinds) != 1:
+            raise Failed(USAGE, "Give one of --acp, --agent, --exec, --http, --nats-agent and --openai.")
+        if (self.openai is None) != (self.model is None):
+            raise Failed(USAGE, "Give --openai and --model together.")
         for command in filter(None, (self.program, self.agent, self.acp)):
             try:
                 name = shlex.split(command)[0]
@@ -150,13 +174,17 @@ async def opened(
         if choice.acp is not None:
             yield await stack.enter_async_context(_acp_agent(choice, choice.acp, folder, stderr))
             return
-        remote: Webhook | NatsAgent
+        remote: Webhook | NatsAgent | ChatAgent
         if choice.http is not None:
             remote = await stack.enter_async_context(_webhook(choice, choice.http))
+        elif choice.openai is not None:
+            remote = await stack.enter_async_context(_chat_agent(choice, choice.openai, folder))
         else:
             remote = await stack.enter_async_context(_nats_agent(choice.nats_agent or "", settings, timeout_s, most))
         try:
             await remote.check()
+        except Refused as exc:
+            raise Failed(NO, exc.detail) from None
         except Temporary as exc:
             if not may_be_away:
                 raise
@@ -201,7 +229,7 @@ async def agent(
         ),
     ] = None,
 ) -> int:
-    """Answer the users of a sandbox, or of all, with a program, a URL or an agent on NATS.
+    """Answer the users of a sandbox, or of all, with a program, a URL, a model or an agent on NATS.
 
     Messages of one user are answered one after the other, those of several at once; a message is finished when its
     answer is stored. Users steer by /new, which begins a new session, /stop, which ends the run under way, and
@@ -254,16 +282,45 @@ def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tu
 @contextlib.asynccontextmanager
 async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Webhook]:
     """Raises SettingsError, Failed."""
+    from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415 -- other commands start faster without it
+
+    if not (secret := _secret(SECRET)):
+        make = f'export {SECRET}="whsec_$(openssl rand -base64 32)"'
+        raise Failed(USAGE, f"Set {SECRET} (or …_FILE), which signs requests:\n{make}")
+    key = read_secret(secret)
+    async with _http_client(choice, url, "https://agent.example/wechat") as client:
+        yield Webhook(client, url, key, timeout_s=choice.timeout, max_output=choice.max_output)
+
+
+@contextlib.asynccontextmanager
+async def _chat_agent(choice: AgentChoice, url: str, folder: Path) -> AsyncIterator[ChatAgent]:
+    """Raises Failed."""
+    from adapter.agent.openai import ChatAgent  # noqa: PLC0415 -- other commands start faster without it
+
+    async with _http_client(choice, url, "https://api.openai.com/v1") as client:
+        yield ChatAgent(
+            client,
+            url,
+            choice.model or "",
+            folder / "chats",
+            key=_secret(KEY),
+            system=choice.system,
+            turns=choice.history,
+            timeout_s=choice.timeout,
+            max_output=choice.max_output,
+        )
+
+
+@contextlib.asynccontextmanager
+async def _http_client(choice: AgentChoice, url: str, example: str) -> AsyncIterator[httpx.AsyncClient]:
+    """Raises Failed unless `url` is one."""
     import httpx  # noqa: PLC0415 -- other commands start faster without it
 
-    from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415 -- so, too
-
-    key = read_secret(_secret())
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise Failed(USAGE, "Expected a URL such as https://agent.example/wechat.")
+        raise Failed(USAGE, f"Expected a URL such as {example}.")
     here = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # no proxy has what is there
     async with httpx.AsyncClient(timeout=choice.timeout, mounts=here) as client:
-        yield Webhook(client, url, key, timeout_s=choice.timeout, max_output=choice.max_output)
+        yield client
 
 
 @contextlib.asynccontextmanager
@@ -310,11 +367,8 @@ async def _nats_agent(
         await nc.close()
 
 
-def _secret() -> str:
-    """The secret from the environment, or from the file that the environment names. Raises Failed."""
-    if file := os.environ.get(f"{SECRET}_FILE"):
+def _secret(variable: str) -> str:
+    """A secret of the environment, or of the file that it names; "": there is none. Raises Failed."""
+    if file := os.environ.get(f"{variable}_FILE"):
         return read_text(Path(file)).strip()
-    if secret := os.environ.get(SECRET, "").strip():
-        return secret
-    make = f'export {SECRET}="whsec_$(openssl rand -base64 32)"'
-    raise Failed(USAGE, f"Set {SECRET} (or …_FILE), which signs requests:\n{make}")
+    return os.environ.get(variable, "").strip()

@@ -36,7 +36,7 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 @pytest.mark.parametrize(
     ("arguments", "secret", "sentence"),
     [
-        ([], "", "Give one of --acp, --agent, --exec, --http and --nats-agent."),
+        ([], "", "Give one of --acp, --agent, --exec, --http, --nats-agent and --openai."),
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
         (["--agent", "cloud"], "", "Known agents: claude, codex, gemini, opencode."),
         (["--acp", "no-such-agent --acp"], "", "There is no program `no-such-agent` on the PATH."),
@@ -45,6 +45,10 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
         (["--http", "https://a.example"], "whsec_c2hvcnQ=", "The secret is whsec_"),
         (["--http", "a.example"], SECRET, "Expected a URL"),
+        (["--openai", "http://a.example/v1"], "", "Give --openai and --model together."),
+        (["--exec", "true", "--model", "m"], "", "Give --openai and --model together."),
+        (["--openai", "a.example", "--model", "m"], "", "Expected a URL such as https://api.openai.com/v1."),
+        (["--openai", "http://a.example", "--model", "m", "--history", "-1"], "", "Must be >= 0."),
         (["--nats-agent", "a//c"], "", "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION."),
     ],
 )

@@ -64,7 +64,7 @@ class Agent:
         script.write_text(PROGRAM)
         program = (
             []
-            if {"--acp", "--agent", "--exec", "--http", "--nats-agent"} & set(options)
+            if {"--acp", "--agent", "--exec", "--http", "--nats-agent", "--openai"} & set(options)
             else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
         )
         self._options = [*program, *([] if "--welcome" in " ".join(options) else ["--welcome="]), *options]
