@@ -86,6 +86,11 @@ their bytes itself; otherwise one sandbox could fill its consumer."""
 UNSETTLED = 512
 """Commands of the router that are delivered and not settled."""
 
+MADE_BY = {"made-by": "wechat-nats", "layout": str(LAYOUT)}
+"""Metadata of streams and consumers, as `nats stream info` shows them."""
+FOR_READERS = ("description", "metadata")
+"""Fields that an operator may change: nothing depends on them, and the server adds to the latter."""
+
 LIMITS = ("num_replicas", "max_bytes", "max_age", "max_msgs_per_subject")
 
 PARTITION = "part-"
@@ -144,11 +149,14 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
     common = {"num_replicas": settings.replicas, "storage": "file", "allow_direct": True}
     prefix = names.prefix
 
-    def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
+    def stream(name: str, description: str, critical: tuple[str, ...], **config: Any) -> Wanted:
         critical = (*critical, "allow_direct")  # all reads use it
-        return Wanted(name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
+        about = {"name": name, "description": description, "metadata": MADE_BY}
+        return Wanted(name, {**about, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
 
-    def bucket(name: str, *, republished: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
+    def bucket(
+        name: str, description: str, *, republished: bool = False, expires: bool = False, max_age: int = 0
+    ) -> Wanted:
         config: dict[str, Any] = {
             "subjects": [f"$KV.{name}.>"],
             "max_msgs_per_subject": 1,
@@ -167,11 +175,12 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         if republished:
             config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{updates_subject_of(name)}.>"}
             critical.append("republish")
-        return stream(f"KV_{name}", tuple(critical), **config)
+        return stream(f"KV_{name}", description, tuple(critical), **config)
 
     return [
         stream(
             names.stream_in,
+            "Inbound messages, an entry for each answer of iLink",
             ("subjects", "retention", "discard"),
             subjects=[names.inbox("*")],
             retention="limits",
@@ -182,6 +191,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_out,
+            "Commands, binds, unbinds and erasures, until their final receipts",
             ("subjects", "retention", "discard", "subject_transform", "max_age", "deny_purge"),
             subjects=[f"{prefix}.out", *(names.said(verb, "*") for verb in ("out", "bind", "unbind", "erase"))],
             retention="workqueue",
@@ -201,6 +211,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_event,
+            "Receipts and other events of sandboxes",
             ("subjects", "retention", "discard"),
             subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.*.*.*"],
             retention="limits",
@@ -210,6 +221,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         ),
         stream(
             names.stream_dead,
+            "Dead letters: what could not be delivered or read",
             ("subjects", "retention", "discard"),
             subjects=[f"{prefix}.dead.*"],
             retention="limits",
@@ -217,13 +229,18 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_age=30 * 24 * HOUR_NS,
             max_bytes=_share_of_inbound_bytes(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type its sequences, and nothing stores them
-        bucket(names.bindings, republished=True, expires=True),
-        bucket(names.persons, expires=True),
-        bucket(names.readers, expires=True),
-        bucket(names.leases, expires=True)._replace(is_transient=True),
-        bucket(names.logins, republished=True, max_age=24 * HOUR_NS)._replace(is_transient=True),
+        bucket(
+            names.bindings, "Which bot serves which sandbox, with its sealed token", republished=True, expires=True
+        ),
+        bucket(names.persons, "A person's window, context token and sends, sealed", expires=True),
+        bucket(names.readers, "Up to which message a sandbox has confirmed", expires=True),
+        bucket(names.leases, "Which replica owns which partition", expires=True)._replace(is_transient=True),
+        bucket(names.logins, "Logins by QR code that are under way", republished=True, max_age=24 * HOUR_NS)._replace(
+            is_transient=True
+        ),
         stream(
             f"OBJ_{names.media}",
+            "Media of messages and commands",
             ("subjects", "retention", "allow_rollup_hdrs"),
             subjects=[f"$O.{names.media}.C.>", f"$O.{names.media}.M.>"],
             retention="limits",
@@ -252,12 +269,15 @@ def consumer_config(names: Names, name: str) -> tuple[str, dict[str, Any]]:
         "max_deliver": -1,
         "max_ack_pending": UNSETTLED,
         "replay_policy": "instant",
+        "metadata": MADE_BY,
     }
     if name == ROUTER:
-        return names.stream_out, config | {"filter_subject": names.out_plain}
+        routed = "Commands that name no sandbox, for the adapter that routes them"
+        return names.stream_out, config | {"description": routed, "filter_subject": names.out_plain}
     subject = names.of_partition(int(name.removeprefix(PARTITION)))
     # in memory, or a server writes a file for each that is in use, ten times a second
-    own = {"filter_subject": subject, "max_ack_pending": OUT_UNSETTLED, "mem_storage": True}
+    about = f"What is said to the sandboxes of partition {name.removeprefix(PARTITION)}, for the adapter that owns it"
+    own = {"description": about, "filter_subject": subject, "max_ack_pending": OUT_UNSETTLED, "mem_storage": True}
     return names.stream_out, config | own
 
 
@@ -265,6 +285,8 @@ def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     """Fields of `wanted` that differ on the server. Fields that the server adds do not count."""
     out = []
     for field, value in wanted.config.items():
+        if field in FOR_READERS:
+            continue
         actual = found.get(field)
         if actual != value and not (not value and not actual):
             out.append(Difference(wanted.name, field, value, actual, field in wanted.critical))

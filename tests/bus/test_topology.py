@@ -97,6 +97,22 @@ async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sent
         ] == "limits"
 
 
+async def test_streams_and_consumers_say_what_they_are_for(bus: Bus) -> None:
+    """And an operator may say it in other words."""
+    async with rig_on(bus) as rig:
+        wanted = topology.wanted_streams(NAMES, bus.settings)
+        infos = [(await rig.connection.api_request(f"STREAM.INFO.{each.name}"))["config"] for each in wanted]
+        for name in (topology.ROUTER, topology.partition_consumer(7)):
+            stream, config = topology.consumer_config(NAMES, name)
+            request = {"stream_name": stream, "config": config}
+            made = await rig.connection.api_request(f"CONSUMER.DURABLE.CREATE.{stream}.{name}", request)
+            infos.append(made["config"])
+        assert all(info["description"] and info["metadata"].items() >= topology.MADE_BY.items() for info in infos)
+        other = infos[0] | {"description": "Ours"}
+        await rig.connection.api_request(f"STREAM.UPDATE.{wanted[0].name}", other)
+        assert (await topology.inspect_topology(rig.connection, NAMES, bus.settings)).different == []
+
+
 async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_keeps_them(bus: Bus) -> None:
     """As any other program makes one."""
     async with rig_on(bus, streams=False) as rig:

@@ -20,7 +20,7 @@ SAME_AS = {
     "allowRollup": "allow_rollup_hdrs", "denyDelete": "deny_delete", "denyPurge": "deny_purge",
     "allowMsgTtl": "allow_msg_ttl",
     "duplicateWindow": "duplicate_window", "maxMsgSize": "max_msg_size", "replicas": "num_replicas",
-    "storage": "storage", "name": "name",
+    "storage": "storage", "name": "name", "description": "description", "metadata": "metadata",
 }  # fmt: skip
 """Fields of NACK's Stream (jetstream.nats.io/v1beta2) and of JetStream's configuration."""
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -69,6 +69,8 @@ def test_the_objects_of_nack_are_what_the_adapter_would_make(settings: Object) -
     assert set(found) == set(wanted)
     for name, each in wanted.items():
         assert topology.differences(each, found[name]) == []
+        for field in topology.FOR_READERS:
+            assert found[name][field] == each.config[field]
         assert not set(found[name]) - set(each.config), f"{name} says more than the adapter"
     assert all(made["spec"]["preventDelete"] for made in objects), "an uninstall deletes nobody's messages"
 
