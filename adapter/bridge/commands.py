@@ -39,6 +39,8 @@ MERGE_SEPARATOR = "\n\n"
 """A blank line between merged texts: it ends a paragraph and a list in Markdown."""
 
 
+LEFT_MS = 3600_000
+"""Time that a command has left, of that for which it may wait, when it is due (`send_at_ms`)."""
 TYPING_MS = 60_000
 """Age at which a command to show the typing indicator expires: nobody needs it shown late."""
 PARTS = 10
@@ -88,12 +90,16 @@ class Command(msgspec.Struct, frozen=True):
     """A command that is unsent at this time is refused."""
     typing: Literal["", "on", "off"] = ""
     """Shows or hides the typing indicator. A command with this field has no parts."""
+    cancel: str = ""
+    """Id of the command to take back. A command with this field has no parts."""
+    send_at_ms: int = 0
+    """It is not sent before."""
 
     @property
-    def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
+    def kind(self) -> Literal["text", "media", "typing", "cancel", "unreadable"]:
         """Metrics label. Media with captions are media."""
-        if self.typing:
-            return "typing"
+        if self.typing or self.cancel:
+            return "typing" if self.typing else "cancel"
         if MediaPart in map(type, self.parts):
             return "media"
         return "text" if self.parts else "unreadable"
@@ -182,14 +188,22 @@ def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
         raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
-    if [body.text, body.items, body.typing].count(None) != 2:
-        raise Refused("invalid", "A command holds either text, items or typing.")
+    if [body.text, body.items, body.typing, body.cancel].count(None) != 3:
+        raise Refused("invalid", "A command holds either text, items, typing or cancel.")
     if (body.bot and not PEER.fullmatch(body.bot)) or (body.user and not PEER.fullmatch(body.user)):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
-    parts = _read_parts(body, sandbox, limits) if body.typing is None else []
+    parts = _read_parts(body, sandbox, limits) if body.typing is body.cancel else []
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, TYPING_MS)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
+    if body.send_at_ms is not None:
+        ahead_ms = limits.park_ms - LEFT_MS
+        if not parts or not body.send_at_ms <= stored_ms + min(ahead_ms, patience_ms - 1):
+            hours = f"{max(ahead_ms, 0) / 3600_000:g}"
+            detail = (
+                f"`send_at_ms` is for text and items, at most {hours} hours ahead, and before the command expires."
+            )
+            raise Refused("invalid", detail)
     return Command(
         bot=body.bot or "",
         user=body.user or "",
@@ -197,6 +211,8 @@ def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         expires_ms=stored_ms + patience_ms,
         typing=body.typing or "",
+        cancel=body.cancel or "",
+        send_at_ms=body.send_at_ms or 0,
     )
 
 

@@ -44,6 +44,8 @@ class InFlight:
         self._by_identity: dict[tuple[str, CommandRef], QueuedCommand] = {}
         self._parts = parts
         self._tenure = tenure
+        self._ended: dict[int, asyncio.Event] = {}
+        """Of the commands whose ends somebody awaits."""
         self._missing = (-math.inf, -math.inf)
         """Span of monotonic time in which commands were missing on the bus, so that only the first of many missing
         ones takes long."""
@@ -118,7 +120,8 @@ class InFlight:
                 if not command.delivery.redelivered:  # another copy of a command that has ended
                     self._parts.metrics.outbound_messages.labels(command.kind, "duplicate", "none").inc()
                 continue
-            command.receipt, command.parked, command.parked_for = last.sequence, True, last.receipt.user
+            command.receipt, command.parked_for = last.sequence, last.receipt.user
+            command.parked = last.receipt.reason != sending.SCHEDULED.reason
             self.release_body(command)
         return found
 
@@ -139,7 +142,14 @@ class InFlight:
         self.release_body(command)
         if self.commands.pop(command.sequence, None) is not None:
             del self._by_identity[command.sandbox, command.ref]
+            if (ended := self._ended.pop(command.sequence, None)) is not None:
+                ended.set()
             await command.delivery.ack()
+
+    async def wait_ended(self, command: QueuedCommand) -> None:
+        """Returns when a command has ended."""
+        if command.sequence in self.commands:
+            await self._ended.setdefault(command.sequence, asyncio.Event()).wait()
 
     # bodies -----------------------------------------------------------------------------------------
 
@@ -159,7 +169,7 @@ class InFlight:
         bodies: dict[int, list[Part] | CommandResult | None] = {}
         for command in commands:
             stored = await parts.history.get(parts.names.stream_out, command.sequence)
-            bodies[command.sequence] = self._parts_of(command.sandbox, stored.data) if stored else None
+            bodies[command.sequence] = self._parts_of(command, stored.data) if stored else None
             if stored:
                 parts.bodies.held += len(stored.data) - command.size
                 command.size = len(stored.data)
@@ -170,12 +180,12 @@ class InFlight:
                 raise Temporary("command_missing")
         return bodies
 
-    def _parts_of(self, sandbox: str, data: bytes) -> list[Part] | CommandResult:
+    def _parts_of(self, command: QueuedCommand, data: bytes) -> list[Part] | CommandResult:
         """An adapter of another version, which parked the command, may have accepted what this one does not."""
         limits = self._parts.limits
         try:
-            body = decode_command(data, limits)
-            return read_command(body, sandbox=sandbox, stored_ms=0, limits=limits).parts
+            body, stored_ms = decode_command(data, limits), command.ref.stored_ms
+            return read_command(body, sandbox=command.sandbox, stored_ms=stored_ms, limits=limits).parts
         except (Refused, Unreadable) as exc:
             return sending.unreadable_result(exc)
 

@@ -168,6 +168,7 @@ class Partition:
         command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
         command.part_count, command.chars = len(read.parts), len(only) if isinstance(only, str) else 0
         command.expires_ms, command.when_closed = read.expires_ms, read.when_closed
+        command.send_at_ms, command.cancel = read.send_at_ms, read.cancel
         if parts.bodies.take(len(delivery.data)):
             command.parts, command.size = read.parts, len(delivery.data)
         return None
@@ -179,6 +180,8 @@ class Partition:
         out go on: `wait_sent`."""
         self.is_draining = True
         self._tasks.spawn(self.typing.drain(DRAIN_S))
+        for sandbox in self._sandboxes.values():
+            sandbox.schedule.stop()
         for sender in self.senders:
             sender.stop(at_once=False)
         with contextlib.suppress(TimeoutError):
@@ -214,6 +217,8 @@ class Partition:
             sender.stop(at_once=True)
         for command in self.commands.commands.values():
             self.commands.release_body(command)
+        for sandbox in self._sandboxes.values():
+            sandbox.schedule.stop()
         self._sandboxes.clear()  # breaks reference cycles
 
     # memory and metrics -----------------------------------------------------------------------------
@@ -253,8 +258,11 @@ class Partition:
             parked[sender.reason] += count
             waiting += count
         controls = [each for sandbox in self._sandboxes.values() for each in sandbox.controls]
-        stored_ms = [each.delivery.time_ms for each in (*commands.values(), *controls) if not each.parked]
-        return len(commands) + len(controls) - waiting, min(stored_ms, default=None)
+        scheduled = sum(len(sandbox.schedule) for sandbox in self._sandboxes.values())
+        parked[sending.SCHEDULED.reason] += scheduled
+        in_work = [each for each in (*commands.values(), *controls) if not each.parked]
+        since_ms = [max(each.delivery.time_ms, each.send_at_ms) for each in in_work]
+        return len(commands) + len(controls) - waiting - scheduled, min(since_ms, default=None)
 
 
 def _without_data(delivery: Delivery) -> Delivery:

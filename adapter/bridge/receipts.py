@@ -111,7 +111,7 @@ class Receipts:
         self._metrics.outbound_messages.labels(command.kind, outcome, result.reason or "none").inc()
         if not command.parked and command.verb == "receipt":
             failed = result.outcome in ("dead_lettered", "uncertain")
-            took_s = max(0, self._clock.now_ms() - ref.stored_ms) / 1000
+            took_s = max(0, self._clock.now_ms() - max(ref.stored_ms, command.send_at_ms)) / 1000
             self._metrics.outbound_duration.labels("failed" if failed else "settled").observe(took_s)
 
     async def _publish_dead_letter(

@@ -28,6 +28,7 @@ from adapter.bridge.parts import Parts
 from adapter.bridge.person import Person
 from adapter.bridge.receipts import Address
 from adapter.bridge.record import Gone
+from adapter.bridge.schedule import Schedule
 from adapter.bridge.sender import Sender
 from adapter.bridge.sending import CommandResult, QueuedCommand
 from adapter.bridge.typing_indicator import TypingIndicators
@@ -41,7 +42,7 @@ from adapter.contract.names import (
     person_token,
 )
 from adapter.contract.records import Binding, PersonKey
-from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, Temporary
+from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, StaleRead, Temporary
 from adapter.tools.tasks import TaskSet
 
 log = structlog.get_logger()
@@ -68,6 +69,7 @@ class Sandbox:
         self.name = name
         self.senders: dict[PersonKey, Sender] = {}
         """Of the persons, whom they know."""
+        self.schedule = Schedule(parts.clock, self._on_due)
         self._parts = parts
         self._tenure = tenure
         self._handover = handover
@@ -123,7 +125,7 @@ class Sandbox:
     @property
     def is_empty(self) -> bool:
         """Nothing has to be remembered."""
-        return not (self.senders or self._controls or self._is_held)
+        return not (self.senders or self._controls or self._is_held or self.schedule)
 
     @property
     def controls(self) -> Iterable[QueuedCommand]:
@@ -150,6 +152,8 @@ class Sandbox:
         elif is_control:
             self._is_held = True
             self._tasks.spawn(self._run(command))
+        elif command.cancel:
+            self._tasks.spawn(self._cancel(command))
         else:
             self._place(command)
 
@@ -307,6 +311,7 @@ class Sandbox:
         parts, check = self._parts, self._tenure.check
         keys = {each.key for each in leaving}
         senders = [self._sender(each) for each in {each.key: each for each in leaving}.values()]
+        self.schedule.move(lambda _, sender: sender in senders)
         for sender in senders:
             sender.person.leave(gone)
         for binding in (each for each in self._bindings() if each.key in keys):
@@ -364,7 +369,46 @@ class Sandbox:
             log.exception("command.crashed", sandbox=self.name, sequence=command.sequence)
             self._place_unserved(command, sending.crashed_result(exc))
         else:
-            self._sender(binding).enqueue(command)
+            sender = self._sender(binding)
+            if self.schedule.is_due(command):
+                sender.enqueue(command)
+            else:
+                self.schedule.add(command, sender)
+                self._tasks.spawn(self._say_scheduled(command, sender))
+
+    async def _say_scheduled(self, command: QueuedCommand, sender: Sender) -> None:
+        """Tells that a command waits for its time, unless a former owner has. Raises LeaseLost."""
+        try:
+            if not command.is_checked and command.sequence in await self._commands.find(self.name, [command]):
+                self.schedule.move(lambda each, _: each is command)  # it has ended, which its queue finds
+                return
+            command.is_checked = True
+            if not command.receipt:
+                await self._commands.tell(command, sending.SCHEDULED, sender.address, sender.shown)
+        except (Crashed, StaleRead) as exc:
+            log.info("command.not_told", sandbox=self.name, sequence=command.sequence, reason=exc.reason)
+        else:
+            command.parked = not self.schedule.is_due(command)
+            self._commands.release_body(command)
+
+    def _on_due(self, command: QueuedCommand) -> None:
+        command.parked = False  # it is told anew if it has to wait longer
+        self.take(command)
+
+    async def _cancel(self, cancel: QueuedCommand) -> None:
+        """Takes back the earlier commands with an id that have not ended. Raises LeaseLost."""
+        ident, before = cancel.cancel, cancel.ref.sequence
+        self.schedule.move(lambda each, _: each.ref.id == ident and each.ref.sequence < before)
+        found = [each for sender in self.senders.values() for each in sender.cancel(ident, before)]
+        for command in found:
+            await self._commands.wait_ended(command)
+        try:  # a former owner may have ended them
+            last = await self._persist(partial(self._parts.receipts.last, self.name, ident, None), cancel)
+        except Crashed as exc:
+            await self._end(cancel, sending.crashed_result(exc))
+            return
+        is_done = last is not None and last.reason == sending.CANCELLED.reason
+        await self._end(cancel, CommandResult("applied") if is_done else sending.NOT_FOUND)
 
     def _place_unserved(self, command: QueuedCommand, refusal: CommandResult) -> None:
         """Places a command that nobody serves with whom a former owner was sending it to: at once, since that one's

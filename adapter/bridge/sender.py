@@ -3,7 +3,7 @@
 `run` is one coroutine, which lives while there is work. It takes the first command, waits until that may be sent,
 stores what it is about to do, makes the request, publishes the receipt, and acknowledges the command. After each wait
 it looks at the state again. What is decided is in `sending` and `window`. This is the one place that parks and
-expires commands.
+expires commands; what is not due yet waits in `schedule`.
 
 A command stays in `WECHAT_OUT` until its final receipt is stored, so a new owner begins where this one ended.
 """
@@ -143,6 +143,16 @@ class Sender:
         self._expires_ms = min(self._expires_ms, command.expires_ms)
         self.on_change()
 
+    def cancel(self, ident: str, before: int) -> list[QueuedCommand]:
+        """Has the commands with an id end that were stored before, and returns them. Parts that are sent stay."""
+        found = [each for each in self.queue if each.ref.id == ident and each.ref.sequence < before]
+        for command in found:
+            command.is_cancelled, command.expires_ms = True, 0
+        if found:
+            self._expires_ms = 0
+            self.on_change()
+        return found
+
     def on_change(self) -> None:
         """Has `run` look at the state, since somebody else has changed it."""
         if self.person.bot is None:
@@ -242,16 +252,15 @@ class Sender:
         try:
             await self.person.open()
         except (RecordTooNew, Refused):
-            now_ms, result = self._parts.clock.now_ms(), sending.EXPIRED
-            over = [command for command in self.queue if command.expires_ms <= now_ms]
-            if self.person.bot is None:
-                over, result = self.queue, sending.UNSERVED
+            now_ms, unserved = self._parts.clock.now_ms(), sending.UNSERVED if self.person.bot is None else None
+            over = [each for each in self.queue if unserved or each.expires_ms <= now_ms]
             if not over:
                 left_s = [(each.expires_ms - now_ms) / 1000 for each in self.queue]
                 await self._parts.clock.sleep(min([UNREADABLE_S, *left_s]))
             # the record may say that a former owner has begun them; one that has ended keeps its receipt
             unknown = CommandResult("uncertain", detail="A former owner may have sent it: its record is unreadable.")
-            await self._end([(each, result if each.is_checked else unknown) for each in over[:MAX_TOGETHER]])
+            known = [(each, unserved or sending.overdue_result(each)) for each in over[:MAX_TOGETHER]]
+            await self._end([(each, result if each.is_checked else unknown) for each, result in known])
             return False
         return True
 
@@ -313,7 +322,11 @@ class Sender:
 
     async def _end_expired(self, now_ms: int) -> None:
         expired = sending.expired(self.queue, self.person.state, now_ms)[: sending.MERGED_AT_ONCE]
-        await self._end([(command, await self._result_of_repeat(command) or sending.EXPIRED) for command in expired])
+        if any(not command.is_checked for command in expired):
+            await self._look_up(expired)
+            return
+        repeats = [(command, await self._result_of_repeat(command)) for command in expired]
+        await self._end([(command, repeat or sending.overdue_result(command)) for command, repeat in repeats])
         self._expires_ms = min((command.expires_ms for command in self.queue), default=math.inf)
 
     async def _look_up(self, commands: Sequence[QueuedCommand]) -> None:
@@ -437,7 +450,7 @@ class Sender:
     async def _park_or_end(self, command: QueuedCommand, result: CommandResult) -> None:
         if result.outcome == "parked":
             try:
-                await self._commands.tell(command, result, self._address, self._shown)
+                await self._commands.tell(command, result, self.address, self.shown)
             except StaleRead:
                 command.is_checked = False
                 return
@@ -659,7 +672,7 @@ class Sender:
             return
         person, progress = self.person, self.person.state.progress
         ends = [(command, sending.final_result(result, person.state, command)) for command, result in ends]
-        await self._commands.end(ends, self._address, self._shown, on_told=self._leave)
+        await self._commands.end(ends, self.address, self.shown, on_told=self._leave)
         command, result = ends[-1]
         if progress is not None and progress.unanswered_attempts and result.outcome == "uncertain":
             self._pace.on_uncertain()
@@ -667,12 +680,13 @@ class Sender:
             person.hide_typing()
 
     @property
-    def _address(self) -> Address:
+    def address(self) -> Address:
+        """The person as receipts name them."""
         person = self.person
         return Address(person.key.sandbox, person.bot.id if person.bot is not None else person.state.bot, person.user)
 
     @property
-    def _shown(self) -> Window:
+    def shown(self) -> Window:
         """The window as receipts show it."""
         parts = self._parts
         return window.visible_window(self.person.state, parts.clock.now_ms(), parts.policy.window)

@@ -106,6 +106,9 @@ class CommandResult(msgspec.Struct, frozen=True):
 
 
 EXPIRED = CommandResult("refused", "expired", "It was not sent in time.")
+CANCELLED = CommandResult("refused", "cancelled", "A later command has taken it back.")
+NOT_FOUND = CommandResult("refused", "not_found", "No command with this id waits.")
+SCHEDULED = CommandResult("parked", "scheduled", "It is sent at its time.")
 UNSERVED = CommandResult("refused", "not_bound", "No bot of the sandbox serves this user, or not any more.")
 
 
@@ -122,7 +125,7 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     """As its author names it."""
     user: str = ""
     """As its author names them."""
-    kind: Literal["text", "media", "typing", "unreadable", "bind", "unbind", "erase"] = "unreadable"
+    kind: Literal["text", "media", "typing", "cancel", "unreadable", "bind", "unbind", "erase"] = "unreadable"
     """Metrics label; unreadable for a message that is no command."""
     control: Bind | Unbind | Erase | None = None
     """What is to be applied; None: it is a command to send."""
@@ -134,6 +137,11 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     chars: int = 0
     """Length of the text if the text is the only part, else 0."""
     expires_ms: int = 0
+    send_at_ms: int = 0
+    """It is not sent before."""
+    cancel: str = ""
+    """Id of the command to take back; "": it is one to send."""
+    is_cancelled: bool = False
     when_closed: Literal["park", "refuse"] = "park"
     typing: Literal["", "on", "off"] = ""
     reply_to: str = ""
@@ -349,6 +357,11 @@ def refusal(answer: Refused, progress: SendProgress | None) -> CommandResult:
 
 
 # how commands end -------------------------------------------------------------------------------------
+
+
+def overdue_result(command: QueuedCommand) -> CommandResult:
+    """How a command ends that is not sent any more."""
+    return CANCELLED if command.is_cancelled else EXPIRED
 
 
 def expired(queue: Sequence[QueuedCommand], record: PersonState, now_ms: int) -> list[QueuedCommand]:

@@ -228,8 +228,22 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_in_s: (
         Annotated[float, Meta(gt=0, description="Seconds after storing; if unsent by then, it is refused.")] | None
     ) = None
+    send_at_ms: Annotated[
+        int | None,
+        Meta(
+            description="Not before this time (Unix milliseconds), at most WECHAT_NATS_PARK_HOURS less an hour ahead."
+            " Until then it is parked as `scheduled`, and nothing waits behind it."
+        ),
+    ] = None
     typing: Annotated[
         Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide the typing indicator.")
+    ] = None
+    cancel: Annotated[
+        CommandId | None,
+        Meta(
+            description="Instead of text and items: take back the sandbox's earlier command with this id. If it still"
+            " waits it ends as refused (cancelled) and this one as applied, else this one as refused (not_found)."
+        ),
     ] = None
 
 
@@ -266,18 +280,18 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Outcome,
         Meta(
             description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id;"
-            " WeChat often drops it, and it is never resent. applied: the bind, unbind or erase is done. refused:"
-            " will not be sent, or was not applied. uncertain: sent without an"
+            " WeChat often drops it, and it is never resent. applied: the bind, unbind, erase or cancel is done."
+            " refused: will not be sent, or was not applied. uncertain: sent without an"
             " answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on"
-            " it; see WECHAT_DEAD. parked (not final): waits for the user or the login."
+            " it; see WECHAT_DEAD. parked (not final): waits for the user, the login or its time."
         ),
     ]
     reason: Annotated[
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login,"
-            " too_long, expired, rejected, unreadable, too_large, crashed, media; of a bind also bound_elsewhere,"
-            " url, token_key and too_new. Empty when accepted or applied."
+            " scheduled, cancelled, too_long, expired, rejected, unreadable, too_large, crashed, media, of a bind"
+            " bound_elsewhere, url, token_key, too_new, of a cancel not_found. Empty if accepted or applied."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

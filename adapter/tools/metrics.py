@@ -24,12 +24,12 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a
 
 REFUSED = (
     "invalid not_bound ambiguous_bot other_user window_closed quota throttled needs_login too_long "
-    "expired rejected media"
+    "expired cancelled not_found rejected media"
 )
 DEAD = "unreadable too_large crashed"
 STATES = "waiting polling storing throttled paused retrying stale needs_login"
-PARKED = "window_closed quota throttled needs_login"
-KINDS = "text media typing unreadable bind unbind erase"
+PARKED = "window_closed quota throttled needs_login scheduled"
+KINDS = "text media typing cancel unreadable bind unbind erase"
 TASKS = "poller sender other"
 ENDPOINTS = (
     "getupdates sendmessage notifystart notifystop getuploadurl getconfig sendtyping get_bot_qrcode "
@@ -176,7 +176,7 @@ class Metrics:
             "outbound_in_flight", "Received commands that are neither parked nor settled."
         )
         self.outbound_parked = gauge(
-            "outbound_parked", "Commands that wait for their user or for a login.", reason=PARKED
+            "outbound_parked", "Commands that wait for their user, a login or their time.", reason=PARKED
         )
         self.outbound_duration = histogram(
             "outbound_duration_seconds",

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 64eba7302f76906e606db0d7b2a365897020f8cb299906d28b3f23e70afbdab2 */
+   Of: e761191981914efaedba35dd323b378f77461c869b5f86f7b26fa218f876aa57 */
 
 /**
  * Options of a binding.
@@ -785,9 +785,17 @@ export interface Outbound {
   when_closed?: "park" | "refuse";
   expires_in_s?: number | null;
   /**
+   * Not before this time (Unix milliseconds), at most WECHAT_NATS_PARK_HOURS less an hour ahead. Until then it is parked as `scheduled`, and nothing waits behind it.
+   */
+  send_at_ms?: number | null;
+  /**
    * Instead of text and items: show or hide the typing indicator.
    */
   typing?: ("off" | "on") | null;
+  /**
+   * Instead of text and items: take back the sandbox's earlier command with this id. If it still waits it ends as refused (cancelled) and this one as applied, else this one as refused (not_found).
+   */
+  cancel?: string | null;
 }
 /**
  * The result of a command, bind, unbind or erase. Each gets exactly one final receipt; `parked` is not final.
@@ -819,11 +827,11 @@ export interface Receipt {
    */
   repeat_of?: number;
   /**
-   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. applied: the bind, unbind or erase is done. refused: will not be sent, or was not applied. uncertain: sent without an answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on it; see WECHAT_DEAD. parked (not final): waits for the user or the login.
+   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. applied: the bind, unbind, erase or cancel is done. refused: will not be sent, or was not applied. uncertain: sent without an answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on it; see WECHAT_DEAD. parked (not final): waits for the user, the login or its time.
    */
   outcome: "accepted" | "accepted_unconfirmed" | "applied" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, media; of a bind also bound_elsewhere, url, token_key and too_new. Empty when accepted or applied.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, scheduled, cancelled, too_long, expired, rejected, unreadable, too_large, crashed, media, of a bind bound_elsewhere, url, token_key, too_new, of a cancel not_found. Empty if accepted or applied.
    */
   reason?: string;
   /**
