@@ -68,7 +68,7 @@ class Refused(AdapterError):
 
 
 class Throttled(Refused):
-    """iLink answered -2: send nothing to this user until they write
+    """iLink answered -2, or -12 or -13: send nothing to this user until they write
     (docs/reference/ilink-protocol.md, "Refused sends")."""
 
 

@@ -416,13 +416,12 @@ class Bucket(Protocol):
         """The entries of the keys that ever existed. Raises Temporary."""
 
     async def update(
-        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+        self, key: str, value: bytes, revision: int, *, ensure_owner: Callable[[], None] | None = None
     ) -> int:
         """Writes the value if the key's revision is `revision` (0: the key never existed), and returns the new
-        revision. A retry recognises its own earlier write whose answer was lost. With `ttl_s` the key expires after
-        so many seconds unless it is written again. `ensure_owner`: as in BusMessage.
+        revision. A retry recognises its own earlier write whose answer was lost. `ensure_owner`: as in BusMessage.
 
-        Raises Conflict, Temporary (the bucket is full), and what `ensure_owner` raises.
+        Raises Conflict, BusRefused, Temporary (the bucket is full), and what `ensure_owner` raises.
         """
 
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:

@@ -143,7 +143,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     media_hours: Annotated[float, Meta(ge=1)] = 168.0
     """Hours that media are kept in the object store."""
 
-    in_max_per_sandbox: AtLeast1 = 10000
+    in_max_per_person: AtLeast1 = 10000
     """Answers of iLink with messages that are kept per person; the oldest go first. Most bring one message."""
 
     in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0

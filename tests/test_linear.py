@@ -122,6 +122,7 @@ TRIED = {
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {
+    "agent/openai.py": 1,
     "agent/presets.py": 1,
     "cli/permission_checks.py": 1,
     "cli/run.py": 1,

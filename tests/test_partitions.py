@@ -414,7 +414,7 @@ def bound(count: int) -> Bench:
     return bench
 
 
-async def no_person(binding: Binding) -> None:
+def no_person(binding: Binding) -> None:
     raise AssertionError(f"{binding.bot} is not polled")
 
 

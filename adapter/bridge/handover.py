@@ -28,7 +28,7 @@ ASK_EVERY_S = 5.0
 ANSWER_S = 1.0
 SILENT_S = 4.0
 """Silence of a replica after which it has cut its polls, since it has not heard itself either."""
-DEAF_S = 3.2
+CUT_DEAF_S = 3.2
 """Time without the own word after which a replica cuts the polls that it has left."""
 LONGEST_S = 70.0
 """Longer than a poll and its answer may take."""

@@ -54,7 +54,7 @@ class InFlight:
         """Takes a command that was delivered, once its id is known. False: it is another copy of one that is here."""
         key = command.sandbox, command.ref
         if key in self._by_identity:
-            return self._by_identity[key] is command
+            return False
         self._by_identity[key] = self.commands[command.sequence] = command
         if not command.delivery.redelivered:
             self._parts.metrics.outbound_received.inc()

@@ -3,7 +3,7 @@
 No wall clocks are compared. The owner acts for a partition until HOLDER_FRACTION of a lease after the *start* of the
 last renewal that was acknowledged. An observer takes a key whose revision has not changed for a whole lease of its
 own clock, by compare-and-set on that revision, so that only one of several gets it, and none by a stale read. Time
-counts only while the bucket's leader answers: after a second without such an answer the count begins anew, so that
+counts only while the bucket's leader answers: after 1.5 s without such an answer the count begins anew, so that
 owners who could not renew come first. A key that was released is taken at once.
 
 The key of an owner is written by compare-and-set, too. After a write without an answer the key is read: what names

@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 from adapter.bridge.bindings import Bindings
-from adapter.bridge.handover import DEAF_S, StillOpen, answer, read_polled
+from adapter.bridge.handover import CUT_DEAF_S, StillOpen, answer, read_polled
 from adapter.bridge.leases import Leases, Tenure
 from adapter.bridge.partition import Partition
 from adapter.bridge.parts import Parts
@@ -188,7 +188,7 @@ class Partitions:
         if len(self.pollers) >= self._capacity:
             self._crowded.add(bot)
             return
-        poller = self.pollers[bot] = BotPoller(bot, self._parts, self._open_person, self._on_session_changed)
+        poller = self.pollers[bot] = BotPoller(bot, self._parts, self._person_of, self._on_session_changed)
         task = asyncio.get_running_loop().create_task(poller.run(), name=f"poller.{bot}")
         self._polling[task] = poller
         task.add_done_callback(self._on_poller_ended)
@@ -253,7 +253,7 @@ class Partitions:
 
     # for others -------------------------------------------------------------------------------------
 
-    async def _open_person(self, binding: Binding) -> Person | None:
+    def _person_of(self, binding: Binding) -> Person | None:
         """The person of a binding; None: this replica does not own their partition, or it has not begun."""
         partition = self.working.get(self._number(binding))
         return None if partition is None else partition.person(binding)
@@ -324,7 +324,7 @@ class Partitions:
         parts = self._parts
         while pollers := [poller for poller in pollers if poller.state is not State.ENDED]:
             is_over = not released.is_set() and parts.clock.monotonic() >= tenure.until
-            if is_over or parts.presence.deaf_s > DEAF_S:
+            if is_over or parts.presence.deaf_s > CUT_DEAF_S:
                 for poller in pollers:
                     poller.stop(immediately=True)
             await asyncio.sleep(LOOK_S)

@@ -156,11 +156,9 @@ class Person:
             if stored.sequence > state.cursor_after or state.cursor is None:
                 cursor = secrets.cursor or None
                 self.state = msgspec.structs.replace(state, cursor=cursor, cursor_after=stored.sequence)
-            opened = stored.opened()
-            if opened is not None and (
-                opened.message == state.window.id or (opened.received_ms or 0) >= state.window.opened_ms
-            ):
-                self._open_window(opened)
+            if (opened := stored.opened()) is not None:
+                now_ms, in_flight = self._parts.clock.now_ms(), int(self.is_posting)
+                self.state = window.newer_window(self.state, opened, now_ms, in_flight)
         self._on_change()
 
     async def save(self) -> None:
@@ -171,7 +169,7 @@ class Person:
             self.tenure.check()
             written, self._written, state = self._written, self.state, self.state
             try:
-                revision = await persons.save(self.key, self.user, state, self._saved.revision)
+                revision = await persons.save(self.key, self.user, state, self._saved.revision, self.tenure.check)
             except Conflict:
                 self.tenure.check()
                 try:
@@ -218,7 +216,7 @@ class Person:
             token = after.token or self.state.token
             self.state = msgspec.structs.replace(self.state, token=token, cursor=after.cursor, cursor_after=sequence)
             if after.opened is not None:
-                self._open_window(after.opened)
+                self.state = self.state_after(after.opened)
         self.position = max(self.position, sequence)
         self._on_change()
 
@@ -274,8 +272,9 @@ class Person:
         if self.bot is not None and self.is_open:
             self.state = _with_bots(self.state, self.bot.id, ())
 
-    def _open_window(self, opened: InboundReceived) -> None:
-        self.state = window.open_window(self.state, opened, self._parts.clock.now_ms(), int(self.is_posting))
+    def state_after(self, opened: InboundReceived) -> PersonState:
+        """The state after a message of theirs, which opens a new window."""
+        return window.open_window(self.state, opened, self._parts.clock.now_ms(), int(self.is_posting))
 
 
 def _with_bots(state: PersonState, bot: str, bots: Sequence[str]) -> PersonState:

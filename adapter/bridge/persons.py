@@ -150,9 +150,13 @@ class Persons:
 
     # writing ----------------------------------------------------------------------------------------
 
-    async def save(self, key: PersonKey, user: str, state: PersonState, revision: int) -> int:
-        """Writes the record at a revision; the new one. Raises Conflict, Temporary, BusRefused."""
-        return await self._bucket.update(key.key, seal_state(key, user, state, self._sealer), revision)
+    async def save(
+        self, key: PersonKey, user: str, state: PersonState, revision: int, check: Callable[[], None]
+    ) -> int:
+        """Writes the record at a revision; the new one. `check` is called right before each write. Raises Conflict,
+        Temporary, BusRefused, and what `check` raises."""
+        value = seal_state(key, user, state, self._sealer)
+        return await self._bucket.update(key.key, value, revision, ensure_owner=check)
 
     async def end(self, key: PersonKey, check: Callable[[], None], *, erased: bool) -> None:
         """Ends a person's time: stores an entry behind which the server takes nothing of it, and deletes the entries

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -129,10 +129,10 @@ class BotPoller:
         self,
         bot: str,
         parts: Parts,
-        open_person: Callable[[Binding], Awaitable[Person | None]],
+        person_of: Callable[[Binding], Person | None],
         on_session_changed: Callable[[Binding], None],
     ) -> None:
-        """`open_person`: the person of a binding once their partition has begun; None: another replica owns it.
+        """`person_of`: the person of a binding once their partition has begun; None: another replica owns it.
         `on_session_changed`: called when a bot may or may no longer send, as its token is refused or taken again."""
         self.bot = bot
         self.person: Person | None = None
@@ -145,7 +145,7 @@ class BotPoller:
         self.is_out = False
         """A poll is out, or its answer is not stored yet."""
         self._parts = parts
-        self._open_person = open_person
+        self._person_of = person_of
         self._wish = Wish.NONE
         self._wake = ChangeSignal()
         """A pause is to end: `_wish` has changed."""
@@ -309,7 +309,7 @@ class BotPoller:
         while not self.stopping() and (binding := parts.bindings.get(self.bot)) is not None:
             parts.sessions.account(binding)  # who cannot open the bot's token does not poll
             self._enter(State.WAITING, self.shown.why)
-            if (person := await self._open_person(binding)) is None:
+            if (person := self._person_of(binding)) is None:
                 raise LeaseLost("partition_lost", self.bot)
             handover, tenure = person.handover, person.tenure
             if tenure.is_over:

@@ -42,7 +42,7 @@ RECEIPTS_KEPT = 100_000
 """Receipts that a sandbox keeps. Each takes up to 0.56 kB of the server's memory, for its command's subject."""
 DEAD_LETTERS = 16
 """Dead letters that are written at the same time; each may be large."""
-MAX_NAME = 64
+MAX_SANDBOX = 64
 """Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
 PURGE_EVERY = 10_000
 """Average number of receipts between two purges. A purge of 110,000 receipts takes tens of milliseconds."""
@@ -91,7 +91,7 @@ class Receipts:
         ensure_owner = None if result.is_sent else check  # another owner may still send it
         if ensure_owner is not None:
             ensure_owner()
-        if len(address.sandbox) > MAX_NAME:  # a longer name in the subject would break the connection
+        if len(address.sandbox) > MAX_SANDBOX:  # a longer name in the subject would break the connection
             address = Address(UNROUTED)
         trace = command_traceparent(
             command.traceparent, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to
@@ -104,8 +104,8 @@ class Receipts:
             except Exception:  # whatever makes the code raise, a command is not left without its receipt
                 log.exception("dead_letter.crashed", sandbox=address.sandbox, sequence=command.sequence)
         receipt = _receipt(command, result, address, shown, self._clock.now_ms())
-        await self._store(command, receipt, trace, ensure_owner)
-        if result.outcome == "parked":
+        is_told = await self._store(command, receipt, trace, ensure_owner)
+        if result.outcome == "parked" or not is_told:
             return
         outcome = "duplicate" if result.repeat_of else result.outcome
         self._metrics.outbound_messages.labels(command.kind, outcome, result.reason or "none").inc()
@@ -141,9 +141,9 @@ class Receipts:
 
     async def _store(
         self, command: QueuedCommand, receipt: Receipt, trace: str, ensure_owner: Callable[[], None] | None
-    ) -> None:
-        """Stores a receipt behind the one that is known, or behind a newer one that is not final. Raises as
-        `tell`."""
+    ) -> bool:
+        """Stores a receipt behind the one that is known, or behind a newer one that is not final. False: another
+        owner has told the end. Raises as `tell`."""
         subject = self._subject(receipt.sandbox, command.ref, command.verb)
         while True:
             try:
@@ -153,13 +153,13 @@ class Receipts:
             else:
                 if random.random() * PURGE_EVERY < 1:
                     await self._purge(receipt.sandbox)
-                return
+                return True
             command.receipt = last.seq if last else 0
             stored = _read(last)
             if stored and _is_of(stored, command.ref) and (is_final(stored) or not is_final(receipt)):
                 if is_final(stored) and not is_final(receipt):
                     raise StaleRead("stale_read", "the command has its final receipt")
-                return
+                return stored == receipt  # the answer to its own write was lost
 
     async def _publish(
         self, receipt: Receipt, subject: str, trace: str, expected: int, ensure_owner: Callable[[], None] | None

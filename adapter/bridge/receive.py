@@ -1,9 +1,9 @@
 """Stores the messages of an answer of iLink: as one entry of the person's subject, or as dead letters.
 
 There is one path: translate, drop repeats, store under the fence, ring. iLink forgets an answer with the next poll,
-so `receive` returns only when all of it is stored, and waits as long as JetStream accepts no writes. An answer in
-hand is stored under the same fence whether this replica still owns the person or not, since it may exist nowhere
-else.
+so `receive` returns only when all of it is stored, and waits as long as JetStream accepts no writes. A dead letter
+that the stream refuses is logged, and nothing waits for it. An answer in hand is stored under the same fence whether
+this replica still owns the person or not, since it may exist nowhere else.
 
 A refused write has one cause of four, and what lies behind the expectation tells which (`_resolve`):
 
@@ -31,7 +31,6 @@ from adapter.bridge.media import name_media
 from adapter.bridge.parts import Parts
 from adapter.bridge.person import AnswerState, Person
 from adapter.bridge.persons import binding_of
-from adapter.bridge.record import PersonState, SendWindow
 from adapter.bridge.window import InboundReceived
 from adapter.contract import messages as contract
 from adapter.contract import names
@@ -62,7 +61,7 @@ SLICE = 50
 """Most messages plus KiB of them that are translated in one turn of the event loop."""
 ENDED = ("repeat", "stored", "dropped")
 """Outcomes that leave no dead letter."""
-GONE = "The person was unbound before the message was stored."
+UNBOUND = "The person was unbound before the message was stored."
 
 
 class _Anybody:
@@ -83,7 +82,8 @@ class Received(msgspec.Struct):
     message: InboundMessage | None = None
     """None: it cannot be read."""
     outcome: str = "new"
-    """new, or one of ENDED; or a dead letter's reason: unreadable, crashed, group, not_bound, stranger, too_large."""
+    """new, echo, or one of ENDED; or a dead letter's reason: unreadable, crashed, group, not_bound, stranger,
+    too_large."""
     detail: str = ""
     """Why it is a dead letter."""
     id: str = ""
@@ -272,7 +272,7 @@ class Receiver:
         bindings, binding = self._parts.bindings, self._binding
         person, key = self._person, self._person.key
         if person.gone:
-            raise PersonGone(person.gone, GONE)
+            raise PersonGone(person.gone, UNBOUND)
         now = bindings.get(binding.bot)
         if not (is_owner := self._is_owner()):
             log.warning("inbound.fenced", bot=self._bot, sandbox=key.sandbox)
@@ -285,7 +285,7 @@ class Receiver:
             with contextlib.suppress(RecordTooNew, Refused):  # it cannot be read here, and says nothing
                 await self._person.read_newest()
             if self._person.gone == "erased":
-                raise PersonGone("erased", GONE)
+                raise PersonGone("erased", UNBOUND)
             raise PersonGone("not_bound", f"The bot {binding.bot} was not bound when the message arrived.")
 
     def _entry(self, taken: Sequence[Received], *, is_last: bool) -> tuple[Entry, Secrets, AnswerState]:
@@ -351,14 +351,14 @@ class Receiver:
                 person.position = stored.seq
                 about = clear_of(stored.data)
                 if about.ended or about.since > person.key.since:
-                    raise PersonGone("erased" if about.erased else "not_bound", GONE) from exc
+                    raise PersonGone("erased" if about.erased else "not_bound", UNBOUND) from exc
                 continue
             entry = found.entry
             if entry.nonce == self._nonce:
                 return stored.seq  # what others have stored behind it refuses the next write
             person.take_entry(found)
             if person.gone or entry.since != person.key.since:
-                raise PersonGone("erased" if entry.erased else "not_bound", GONE)
+                raise PersonGone("erased" if entry.erased else "not_bound", UNBOUND)
         return None
 
     async def _on_stored(self, taken: Sequence[Received], sequence: int, after: AnswerState) -> None:
@@ -412,11 +412,11 @@ class Receiver:
                 raise Temporary("entry_refused", refusal.detail)
             return
         one = taken[0]
-        self._count(one, "publish_failed")
         if one.detail:  # the stub is refused, too
             one.outcome = "too_large"
             await self._dead_letter(one, "too_large", one.detail)
         else:
+            self._count(one, "publish_failed")
             await self._dead_letter(one, "too_large", "The bus refuses the message.")
             stub = [contract.UnsupportedItem(type=0, reason="too_large")]
             inbound = msgspec.json.decode(one.payload, type=Inbound)
@@ -446,8 +446,8 @@ class Receiver:
             sent = next((sent for sent in state.sent if sent.id in message.reference.ids), None)
             if sent is not None:
                 quote = resolve_quote(quote, message.reference, sent=sent.text, kind=sent.kind)
-        token = message.context_token or state.token
-        opened = PersonState(token=token, window=SendWindow(opened_ms=self._received_ms))
+        opened = InboundReceived(one.id, message.context_token, message.sent_at_ms, self._received_ms)
+        after = self._person.state_after(opened)
         return Inbound(
             id=one.id,
             sandbox=sandbox,
@@ -458,7 +458,7 @@ class Receiver:
             text=message.text,
             items=one.items,
             quote=quote,
-            window=window.visible_window(opened, self._received_ms, self._parts.policy.window),
+            window=window.visible_window(after, self._received_ms, self._parts.policy.window),
         )
 
     # dead letters -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The state of a person: bucket `wechat_persons`, key `<sandbox>.<person>`, sealed.
 
-The record is written by sends alone, each before its request, and once a day for the cursor of a silent person. The
-newest entry of the person's subject has what came in; of both the newer window counts (`person.Person.take_entry`).
+The record is written by sends alone, each before its request and where that was not taken, and once a day for the
+cursor of a silent person. The newest entry of the person's subject has what came in; of both the newer window counts
+(`window.newer_window`).
 """
 
 from __future__ import annotations

@@ -365,7 +365,7 @@ class Sandbox:
             binding = self._binding_for(command)
         except Refused as exc:
             self._place_unserved(command, sending.unreadable_result(exc))
-        except Exception as exc:  # the one place where the code may raise for a command that has no person
+        except Exception as exc:  # no person is known whose queue would end it
             log.exception("command.crashed", sandbox=self.name, sequence=command.sequence)
             self._place_unserved(command, sending.crashed_result(exc))
         else:

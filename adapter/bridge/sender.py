@@ -111,7 +111,7 @@ class Sender:
     def __init__(self, person: Person, parts: Parts, commands: InFlight) -> None:
         self.person = person
         self.queue: list[QueuedCommand] = []
-        """In the order of their sequences."""
+        """In the order of their sequences, but those of the message in progress first."""
         self.reason = ""
         """Why the queue waits; "" if it does not."""
         self.phase = Phase.WAITING

@@ -10,7 +10,7 @@ as refused. Nothing here has a clock or does I/O.
     accepted                        the next part, or the commands of the message end
     none, or one of a gateway       one repeat with the same client_id (`repeat_due_s`), then `uncertain`
     not taken                       tried again after a pause, until the command expires
-    -2, -13                         the window is throttled; throttled in a second window: refused
+    -2, -12, -13                    the window is throttled; throttled in a second window: refused
     -14                             the session is tested: alive: one more try, then refused; dead: the queue waits
     refused                         the command ends; commands that were merged are sent one by one
 """
@@ -212,7 +212,7 @@ def blocker(command: QueuedCommand, record: PersonState, bot: ServingBot, policy
 def while_blocked(command: QueuedCommand, reason: str, *, is_head: bool) -> CommandResult:
     """What a command is told whose queue waits: that it is parked, or refused."""
     if command.typing and not is_head:
-        return CommandResult("refused", "window_closed")
+        return CommandResult("refused", reason)
     return CommandResult("refused" if command.when_closed == "refuse" else "parked", reason)
 
 

@@ -115,6 +115,13 @@ def open_window(record: PersonState, inbound: InboundReceived, now_ms: int, in_f
     return msgspec.structs.replace(record, token=inbound.token or record.token, window=window)
 
 
+def newer_window(record: PersonState, inbound: InboundReceived, now_ms: int, in_flight: int) -> PersonState:
+    """The record after a message that was read from the inbox, which may be older than the record's window."""
+    if inbound.message != record.window.id and (inbound.received_ms or 0) < record.window.opened_ms:
+        return record
+    return open_window(record, inbound, now_ms, in_flight)
+
+
 def record_attempt(record: PersonState, progress: SendProgress, now_ms: int) -> PersonState:
     """Counts a request before it is sent, so that a crash never leads to an uncounted send.
 

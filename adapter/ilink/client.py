@@ -5,8 +5,8 @@ build an `IlinkRequest` (`protocol`), check the base URL (`network`), exchange i
 `IlinkReply` (`protocol`). Every call is counted once with its outcome.
 
 Errors say what the caller may do. Temporary: nothing was taken, try again. Uncertain: a send may have been taken.
-SessionExpired: the token is refused (-14). Throttled: -2. Refused: do not try again. Only a send can be Uncertain;
-the other calls may always be repeated, and a poll without an answer in time is None.
+SessionExpired: the token is refused (-14). Throttled: -2, -12, -13. Refused: do not try again. Only a send can be
+Uncertain; the other calls may always be repeated, and a poll without an answer in time is None.
 
 The client never retries a call, never waits for the send window, and never logs tokens or texts.
 """

@@ -86,10 +86,10 @@ class KvBucket:
         return BucketEntry(subject.removeprefix(self.subject("")), None if is_deleted else data, revision)
 
     async def update(
-        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+        self, key: str, value: bytes, revision: int, *, ensure_owner: Callable[[], None] | None = None
     ) -> int:
         try:
-            return await self.write(key, value, revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
+            return await self.write(key, value, revision, ensure_owner=ensure_owner)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:

@@ -287,6 +287,8 @@ class SingleWrites:
 
     async def store(self, message: BusMessage) -> PubAck:
         subject, payload, headers = message.subject, message.payload, message.headers
+        if message.ensure_owner is not None:
+            message.ensure_owner()
         reply = await self._connection.request(subject, payload, ACK_TIMEOUT_S, headers)
         try:
             return decode_ack(reply.data)

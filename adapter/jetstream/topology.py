@@ -37,7 +37,7 @@ LAYOUT = 3
 SHAPING = (
     "replicas",
     "partitions",
-    "in_max_per_sandbox",
+    "in_max_per_person",
     "in_max_age_h",
     "in_max_bytes",
     "out_max_per_sandbox",
@@ -186,7 +186,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             retention="limits",
             discard="old",
             max_age=int(settings.in_max_age_h * HOUR_NS),
-            max_msgs_per_subject=settings.in_max_per_sandbox,
+            max_msgs_per_subject=settings.in_max_per_person,
             max_bytes=settings.in_max_bytes,
         ),
         stream(

@@ -32,7 +32,7 @@ OBSERVED_EVERY = 8
 EVICTED_EVERY = 60
 """Ticks between two clean-ups of idle state."""
 CHECK_S = 2.0
-"""Interval between two checks of JetStream. Every second check includes streams and consumers."""
+"""Interval between two checks of JetStream. Every second check includes streams and the router's consumer."""
 POLLED = (State.POLLING, State.STORING, State.RETRYING, State.STALE, State.PAUSED)
 """States in which iLink should answer polls."""
 

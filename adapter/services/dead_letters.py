@@ -13,7 +13,6 @@ from adapter.contract.names import (
     H_ORIGINAL,
     H_REASON,
     H_SANDBOX,
-    H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
     H_USER,
@@ -22,7 +21,7 @@ from adapter.contract.names import (
 from adapter.errors import UNDECODABLE, Refused
 from adapter.ports import BusMessage
 
-DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS, H_USER})
+DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_TIME_MS, H_USER})
 """Headers of the dead letter itself, not of the message in it."""
 
 

@@ -12,7 +12,7 @@ from msgspec import structs
 from adapter.bridge import window
 from adapter.bridge.persons import Persons, StoredPerson
 from adapter.bridge.presence import PollerStatus, Replicas
-from adapter.bridge.record import PersonState, SendWindow
+from adapter.bridge.record import PersonState
 from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus, Window
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError
@@ -69,8 +69,9 @@ class BotHealth:
 
     async def window(self, binding: Binding) -> Window:
         """What may be sent to the person of a binding. Raises Temporary, Refused("token_key")."""
-        state = _state_of(await self._persons.load(binding.key), binding)
-        return window.visible_window(state, self._clock.now_ms(), self._policy)
+        now_ms = self._clock.now_ms()
+        state = _state_of(await self._persons.load(binding.key), binding, now_ms)
+        return window.visible_window(state, now_ms, self._policy)
 
     async def describe(self, bindings: Sequence[Binding]) -> list[BindingInfo]:
         """Bindings with their health, in the given order. Raises Temporary."""
@@ -82,7 +83,7 @@ class BotHealth:
             person, health = stored[binding.key], found[binding.bot]
             if isinstance(person, AdapterError):
                 health = structs.replace(health, is_unread=True)
-            elif (state := _state_of(person, binding)).window.opened_ms:
+            elif (state := _state_of(person, binding, now_ms)).window.opened_ms:
                 health = structs.replace(
                     health,
                     inbound_ms=state.window.opened_ms,
@@ -93,17 +94,17 @@ class BotHealth:
         return infos
 
 
-def _state_of(stored: StoredPerson, binding: Binding) -> PersonState:
-    """Of entry and record the one with the newer window; that of another bot than the binding's has no token."""
+def _state_of(stored: StoredPerson, binding: Binding, now_ms: int) -> PersonState:
+    """The record with the window of the entry if that is newer; that of another bot than the binding's has no
+    token."""
     state, entry = stored.state or PersonState(), stored.entry
     if state.bot not in ("", binding.bot):
         state = structs.replace(state, token="")
     if entry is None or entry.entry.since != binding.since or (opened := entry.opened()) is None:
         return state
-    if opened.message == state.window.id or (opened.received_ms or 0) < state.window.opened_ms:
-        return state
-    token = opened.token if entry.entry.bot == binding.bot else ""
-    return PersonState(token=token, window=SendWindow(id=opened.message, opened_ms=opened.received_ms or 0))
+    if entry.entry.bot != binding.bot:
+        state, opened = structs.replace(state, token=""), structs.replace(opened, token="")
+    return window.newer_window(state, opened, now_ms, 0)
 
 
 def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotStatus, str]) -> tuple[BotStatus, str]:

@@ -19,7 +19,6 @@ from adapter.contract.names import (
     H_REPLY_TO,
     H_SANDBOX,
     H_SCHEMA,
-    H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
@@ -114,21 +113,19 @@ class Events:
         reason: str,
         detail: str,
         msg_id: str,
-        seq: int = 0,
         sandbox: str = "",
         user: str = "",
         seal: Callable[[bytes], bytes] | None = None,
     ) -> bool:
-        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN or EVENT; `seq`: in it, 0: none;
-        `user`: whom a command was for, or who wrote the message, if that was known; `seal`: makes of the bytes
-        what is stored. Returns whether they are kept."""
+        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN or EVENT; `user`: whom
+        a command was for, or who wrote the message, if that was known; `seal`: makes of the bytes what is stored.
+        Returns whether they are kept."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
             H_SUBJECT: subject,
             H_REASON: reason,
             H_DETAIL: detail[:MAX_HEADER].encode("ascii", "replace").decode().replace("\n", " "),
-            H_SEQUENCE: str(seq),
             H_TIME_MS: str(self._clock.now_ms()),
             H_TRACEPARENT: author_traceparent(headers) or derive_traceparent(msg_id),
         }
@@ -138,7 +135,7 @@ class Events:
                 kept[name] = value
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
         ident = headers.get(H_COMMAND) or headers.get(H_MSG_ID, "")
-        log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, id=ident, reason=reason, sequence=seq)
+        log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, id=ident, reason=reason)
         subject_to = self._names.dead_letters(f"{self._names.prefix.upper()}_{stream}")
         for size in (len(data), *BEGINNINGS):
             payload = data[:size]

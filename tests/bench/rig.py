@@ -149,7 +149,7 @@ class Rig:
             "WECHAT_NATS_SEND_GAP_MS": "0",
             "WECHAT_NATS_SENDS_PER_WINDOW": "0",
             "WECHAT_NATS_OUT_MAX_PER_SANDBOX": "1000000",
-            "WECHAT_NATS_IN_MAX_PER_SANDBOX": "1000000",
+            "WECHAT_NATS_IN_MAX_PER_PERSON": "1000000",
             "WECHAT_NATS_CAPACITY": "20000",
             "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
             "WECHAT_NATS_LOG": "warning",

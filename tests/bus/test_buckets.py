@@ -179,7 +179,7 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
     before = loads
     await more(5)
     assert loads == before
-    await bucket.update("k5", b"x", seen[5].revision, ttl_s=1)
+    await bucket.write("k5", b"x", seen[5].revision, ttl_s=1)
     await until(lambda: loads > before, "its end is noticed")
 
 
@@ -289,7 +289,7 @@ async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
 
 async def test_what_is_written_for_a_time_goes_by_itself_unless_it_is_written_again(rig: Rig) -> None:
     bucket = rig.bucket(NAMES.bindings)
-    first = {key: await bucket.update(key, b"1", 0, ttl_s=1) for key in ("value", "kept")}
+    first = {key: await bucket.write(key, b"1", 0, ttl_s=1) for key in ("value", "kept")}
     kept = await bucket.update("kept", b"2", first["kept"])
     deleted = await bucket.delete("mark", await bucket.update("mark", b"1", 0), ttl_s=1)
 

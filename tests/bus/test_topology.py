@@ -127,7 +127,7 @@ async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_ke
         _, different, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
         await topology.alter_stream(rig.connection, wanted.name, different)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
-        assert await rig.bucket(NAMES.persons).update("s1.u1", b"2", kept, ttl_s=60) > kept
+        assert await rig.bucket(NAMES.persons).write("s1.u1", b"2", kept, ttl_s=60) > kept
 
 
 async def test_an_operators_own_limits_are_reported_and_never_changed(bus: Bus) -> None:

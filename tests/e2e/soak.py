@@ -163,7 +163,7 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_WINDOW_HOURS": str(WINDOW_S / 3600),
         "WECHAT_NATS_PARK_HOURS": str(AGE_S / 3600),
         "WECHAT_NATS_IN_MAX_AGE_H": str(WINDOW_S / 3600 + 1),
-        "WECHAT_NATS_IN_MAX_PER_SANDBOX": "50",
+        "WECHAT_NATS_IN_MAX_PER_PERSON": "50",
         "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),
     }
 

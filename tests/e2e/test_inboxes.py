@@ -39,7 +39,7 @@ def in_order(said: list[str], told: list[str]) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 async def test_an_inbox_that_keeps_three_entries_doubles_nothing(tmp_path: Path, mode: str) -> None:
     """The newest entry says what is known, and where the next poll begins."""
-    small = {"WECHAT_NATS_IN_MAX_PER_SANDBOX": str(KEPT)}
+    small = {"WECHAT_NATS_IN_MAX_PER_PERSON": str(KEPT)}
     async with world(tmp_path, cursor_mode=mode, environ=small) as made:
         adapter = await made.add_adapter()
         nc = await made.nc()

@@ -410,7 +410,7 @@ class Bench:
     def poller_of(self, kind: type[P], bot: str, **changes: Any) -> P:
         """As `new_poller`, of a kind of its own."""
 
-        async def open_person(binding: Binding) -> Person | None:
+        def person_of(binding: Binding) -> Person | None:
             partition = self.open_partition(binding.sandbox)
             return None if partition is None else partition.person(binding)
 
@@ -418,7 +418,7 @@ class Bench:
             self.changed_sessions.append(binding.sandbox)
 
         told = changes.pop("on_session_changed", on_session_changed)
-        return kind(bot, self.parts(**changes), open_person, told)
+        return kind(bot, self.parts(**changes), person_of, told)
 
 
 async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:

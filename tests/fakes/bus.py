@@ -283,12 +283,10 @@ class FakeBucket:
         return sorted(found, key=lambda entry: entry.revision)
 
     async def update(
-        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+        self, key: str, value: bytes, revision: int, *, ensure_owner: Callable[[], None] | None = None
     ) -> int:
-        if ensure_owner is not None:
-            ensure_owner()
         try:
-            return await self._write(key, value, revision, ttl_s)
+            return await self._write(key, value, revision, 0, ensure_owner)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
@@ -301,10 +299,19 @@ class FakeBucket:
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
         return await self._write(key, None, revision, ttl_s)
 
-    async def _write(self, key: str, value: bytes | None, revision: int | None, ttl_s: int) -> int:
+    async def _write(
+        self,
+        key: str,
+        value: bytes | None,
+        revision: int | None,
+        ttl_s: int,
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> int:
         await asyncio.sleep(0)
         if self.on_write is not None:
             await self.on_write(key)
+        if ensure_owner is not None:
+            ensure_owner()
         known = self.entries.get(key)
         if revision is not None and revision != (known.revision if known else 0):
             raise Conflict(10071, "wrong last sequence")

@@ -14,7 +14,7 @@ import pytest
 
 from adapter.bridge.handover import (
     ASK_EVERY_S,
-    DEAF_S,
+    CUT_DEAF_S,
     LONGEST_S,
     SILENT_S,
     Asked,
@@ -198,7 +198,7 @@ async def test_a_giver_that_hears_nobody_cuts_its_polls_before_anybody_else_poll
     second = await taken(world, "r1")
     await asyncio.sleep(0.5)
     first.core.is_cut = True
-    assert DEAF_S - 1.0 < await world.until(lambda: world.phone.cut == [B1]) < DEAF_S + 0.5
+    assert CUT_DEAF_S - 1.0 < await world.until(lambda: world.phone.cut == [B1]) < CUT_DEAF_S + 0.5
     assert await world.until(lambda: second.polls(B1)) < 1.6
 
 

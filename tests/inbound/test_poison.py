@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.bridge import window
+from adapter.bridge.person import Person
+from adapter.bridge.record import PersonState
+from adapter.bridge.window import InboundReceived
 from adapter.contract.messages import TextItem
 from adapter.contract.names import H_REASON, H_SUBJECT, person_token
 from adapter.ilink.translate import read_message
@@ -137,19 +139,21 @@ async def test_a_person_that_raises_as_it_takes_a_message_costs_its_window(
     poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in the inbox, and the next owner finds it there."""
-    taken = window.open_window
+    taken = Person.state_after
 
-    def fails(*_: object) -> None:
-        raise KeyError("a bug")
+    def fails(person: Person, opened: InboundReceived) -> PersonState:
+        if bench.bus.found("IN"):
+            raise KeyError("a bug")
+        return taken(person, opened)
 
-    monkeypatch.setattr(window, "open_window", fails)
     bench = await ready(batch(raw("one", 1), cursor="b"))
+    monkeypatch.setattr(Person, "state_after", fails)
     replica = Replica(bench)
     await asyncio.sleep(5)
     assert (texts(bench), letters(bench), bench.chat.asked) == (["one"], [], ["", "b"])
     assert len(captured.crashes()) == 1
     await replica.die()
-    monkeypatch.setattr(window, "open_window", taken)
+    monkeypatch.setattr(Person, "state_after", taken)
     successor = successor_of(bench)
     successor.partition().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)

@@ -259,6 +259,18 @@ async def test_the_same_words_without_ids_and_times_are_stored_as_often_as_sent(
     assert len({inbound.id for inbound in bench.bus.inbound()}) == 3
 
 
+async def test_a_message_that_was_under_way_shows_what_was_sent_since_it_was_written() -> None:
+    """As the person's window has it, and as a reader of the inbox finds it."""
+    bench = await ready(batch(raw("late", 4, create_time_ms=EPOCH_MS + 1000), cursor="b"))
+    (binding,) = bench.bindings
+    sent_at_ms = [EPOCH_MS + ms for ms in (500, 2000, 3000)]
+    bench.hears(since=binding.since, opened_ms=EPOCH_MS, sends_used=3, sent_at_ms=sent_at_ms)
+    await asyncio.sleep(5)
+    await polls(bench)
+    (inbound,) = bench.bus.inbound()
+    assert (inbound.window.remaining, (await bench.person()).state.window.sends_used) == (8, 2)
+
+
 async def test_a_repeat_renews_the_token_and_opens_no_new_window(poller: Poller) -> None:
     bench = await ready(batch(raw("ok")))
     session = poller(bench)

@@ -143,7 +143,7 @@ def test_whether_the_head_may_be_sent(first: QueuedCommand, known: PersonState, 
             (command(1, when_closed="refuse"), "window_closed", False, ("refused", "window_closed"))
         ),
         "typing waits for its bot": (command(1, typing="on"), "needs_login", True, ("parked", "needs_login")),
-        "typing behind another is refused": (command(2, typing="on"), "quota", False, ("refused", "window_closed")),
+        "typing behind another is refused": (command(2, typing="on"), "quota", False, ("refused", "quota")),
     },
 )
 def test_the_receipt_of_a_command_whose_queue_waits(

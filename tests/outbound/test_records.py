@@ -35,6 +35,20 @@ async def test_a_send_writes_the_record_once_before_its_request() -> None:
     assert bench.bus.writes == ["person", "event"]
 
 
+async def test_no_record_is_written_once_the_lease_is_over() -> None:
+    """Also where the bus was away meanwhile: by then the record is the next owner's."""
+    bench, partition = await ready()
+    before = dict(bench.person_bucket.entries)
+
+    async def lost(_: str) -> None:
+        bench.leases.lose()
+
+    bench.person_bucket.on_write = lost
+    partition.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(5)
+    assert (bench.person_bucket.entries, bench.chat.sent) == (before, [])
+
+
 async def test_the_cursor_of_a_silent_person_is_stored_once_a_day() -> None:
     bench, _ = await ready()
     person = await bench.person()

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from adapter.bridge.entries import Entry, OpenedWindow, Secrets, encode_entry
 from adapter.bridge.presence import Replicas, ReplicaStatus
 from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.contract.names import person_token
@@ -192,6 +193,20 @@ async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))
     assert by_bot == by_user
     assert msgspec.json.decode(by_bot, type=Window).remaining == 6
+
+
+async def test_the_window_of_a_message_that_was_under_way_counts_what_was_sent_meanwhile(bench: Bench) -> None:
+    """Its entry is newer than the record."""
+    await bench.bind()
+    now_ms = bench.clock.now_ms()
+    bench.hears(opened_ms=now_ms - 9000, sends_used=3, sent_at_ms=[now_ms - 8000, now_ms - 2000, now_ms - 1000])
+    (binding,) = bench.bindings
+    opened = OpenedWindow("in:2", now_ms - 5000, now_ms)
+    entry, secrets = Entry(since=binding.since, bot=binding.bot, window=opened), Secrets("AARz")
+    subject = bench.names.inbox("s1", person_token("s1", "u1@im.wechat"))
+    bench.bus.put(subject, encode_entry(entry, secrets, subject, bench.sealer), {})
+    answer = await queries(bench).window(ask(sandbox="s1"))
+    assert msgspec.json.decode(answer, type=Window).remaining == 8
 
 
 async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
