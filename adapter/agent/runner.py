@@ -1,8 +1,9 @@
 """Connects an existing agent to a sandbox: one session per user, and three commands for the user.
 
 `/new` starts a new session when its turn comes, after the messages before it. `/stop` ends the current run of its
-user at once; later messages follow. The name of a session derives from the user and the id of their last `/new`. A
-file keeps these ids; without it, users return to their first session after a restart, and are welcomed again.
+user at once; later messages follow. A file without words waits a moment for them, and both are one turn.
+The name of a session derives from the user and the id of their last `/new`. A file keeps these ids; without it, users
+return to their first session after a restart, and are welcomed again.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from nats.errors import Error as NatsError
 
 from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
-from adapter.agent.texts import command_of
+from adapter.agent.texts import Command, command_of
 from adapter.bridge.texts import closing_fence
 from adapter.contract.messages import Outbound, OutItem, Receipt
 from adapter.contract.names import digest
+from adapter.contract.quotes import kind_of
 from adapter.errors import AdapterError, Temporary
+from adapter.tools.timing import wait_event
 
 log = structlog.get_logger()
 
@@ -44,6 +47,10 @@ LONGEST = 16_000
 """Most characters of an answer. So many fit into the parts of a text, wherever it is cut (bridge/commands.py)."""
 CLOSING_CHARS = 16
 """Room behind an answer that is cut: an ellipsis, line breaks and the end of a code fence."""
+GATHER_S = 3.0
+"""Default time for which a file waits for the person's words about it."""
+FILES = frozenset({"image", "video", "file"})
+"""Kinds of items that a person sends alone, and then says something about."""
 UNFIT = ("too_long", "invalid", "media")
 """Why an answer is refused that could be sent if it were another one."""
 
@@ -122,6 +129,33 @@ def replace_json(file: Path, value: object) -> None:
     os.replace(new.name, file)
 
 
+class Gathering:
+    """Files without words, until the person says something about them, or nothing for a while."""
+
+    def __init__(self, first: Message) -> None:
+        self.parts = [first]
+        self.is_whole = False
+        self.changed = asyncio.Event()
+
+    def add(self, message: Message) -> None:
+        self.parts.append(message)
+        self.is_whole = bool(message.text)
+        self.changed.set()
+
+    def end(self) -> None:
+        self.is_whole = True
+        self.changed.set()
+
+    async def wait(self, quiet_s: float) -> Message:
+        """All as one message, once there are words, or nothing has come for `quiet_s`."""
+        try:
+            while not self.is_whole and await wait_event(self.changed, quiet_s):
+                self.changed.clear()
+        finally:
+            self.is_whole = True  # what comes later is another turn
+        return Message.joined(self.parts)
+
+
 class Sessions:
     """The name of each user's session: a UUID that stays the same until the user starts a new session."""
 
@@ -167,10 +201,11 @@ class Runner:
         on_end: Callable[[TurnEnd], None] | None = None,
         *,
         welcome: str | None = None,
+        gather_s: float = GATHER_S,
     ) -> None:
         """`on_end` is called after each message that was given to the agent, and where it failed and is asked again;
-        default: a line of the log. `welcome`:
-        goes before the first answer to a person; None: that of the language, "": none."""
+        default: a line of the log. `welcome`: goes before the first answer to a person; None: that of the language,
+        "": none. `gather_s`: how long files without words wait for them; 0: not at all."""
         self._on_end = on_end or log_end
         self._texts = sandbox.texts
         self._welcome = self._texts.welcome if welcome is None else welcome
@@ -182,28 +217,47 @@ class Runner:
         """The current run, by user."""
         self._questions: dict[str, asyncio.Future[str]] = {}
         """Questions that wait for the next message of a user."""
-        self._answered: set[str] = set()
-        """Ids of messages that answered a question, until they are finished."""
+        self._gather_s = gather_s
+        self._newest: dict[str, Gathering] = {}
+        """Each user's newest files without words."""
+        self._gathering: dict[str, Gathering] = {}
+        """The same by the first one's message, until its turn comes."""
+        self._taken: set[str] = set()
+        """Ids of messages that answered a question, or joined an earlier one, until they are finished."""
 
     async def run(self) -> None:
         """Runs until cancelled. Raises what `Sandbox.run` raises."""
         await self._sandbox.run(self._handle, lane=self._lane)
 
     def _lane(self, message: Message) -> Hashable:
-        """The lane of a message. A command, and an answer to a question, wait for no other message."""
+        """The lane of a message. A command, and what is a part of an earlier turn, wait for no other message."""
         command, question = command_of(message.text), self._questions.get(message.user)
-        if question is not None and not question.done():
-            if command is None and message.text:  # a picture alone waits for its turn
-                question.set_result(message.text)
-                self._answered.add(message.id)
-            elif command == "new":
+        if question is not None and not question.done() and (command == "new" or (message.text and not command)):
+            if command:
                 question.cancel()  # and so the run that has asked it
-        return message.user, command in ("help", "stop") or (message.id in self._answered and message.id)
+            else:
+                question.set_result(message.text)
+                self._taken.add(message.id)
+        elif self._gather_s:
+            self._gather(message, command)
+        return message.user, command in ("help", "stop") or (message.id in self._taken and message.id)
+
+    def _gather(self, message: Message, command: Command | None) -> None:
+        """Joins a message to the user's files that wait for it, or lets it be the first that waits."""
+        newest = self._newest.get(message.user)
+        are_files = not message.text and any(kind_of(item) in FILES for item in message.inbound.items)
+        if newest is not None and not newest.is_whole and not command and (are_files or message.text):
+            newest.add(message)
+            self._taken.add(message.id)
+        elif are_files:
+            self._newest[message.user] = self._gathering[message.id] = Gathering(message)
+        elif newest is not None:
+            newest.end()
 
     async def _handle(self, message: Message) -> None:
         command = command_of(message.text)
-        if message.id in self._answered:
-            self._answered.discard(message.id)
+        if message.id in self._taken:
+            self._taken.discard(message.id)
         elif command == "help":
             await message.reply(self._texts.help)
         elif command == "stop":
@@ -239,6 +293,8 @@ class Runner:
         return True
 
     async def _answer(self, message: Message) -> None:
+        began = time.monotonic()
+
         async def ask(question: str, items: Sequence[OutItem], ident: str) -> str:
             answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             self._questions[message.user] = answer
@@ -252,8 +308,16 @@ class Runner:
             detail = f"{exc.detail.rstrip('.')}. The agent is asked again, for an hour."
             self._on_end(TurnEnd(message, time.monotonic() - began, reason=exc.reason, detail=detail))
 
-        turn, began = Turn(message, self._sessions.session_of(message.user), ask, on_retry), time.monotonic()
-        task = asyncio.ensure_future(self._agent(turn))
+        async def answer_whole() -> Answer:
+            nonlocal message, began
+            if (gathering := self._gathering.pop(message.id, None)) is not None:
+                message = await gathering.wait(self._gather_s)
+                if self._newest.get(message.user) is gathering:
+                    del self._newest[message.user]
+                began = time.monotonic()
+            return await self._agent(Turn(message, self._sessions.session_of(message.user), ask, on_retry))
+
+        task = asyncio.ensure_future(answer_whole())
         self._at_work[message.user] = task
         typing = asyncio.create_task(self._accompany(message))
         try:
@@ -282,20 +346,22 @@ class Runner:
                 await message.typing("off")
 
     def _text_of(self, answer: Answer, message: Message) -> str:
-        """The text to send. One that is cut says so at its end."""
-        text = answer.text.strip()
-        if not answer.is_cut and len(text) <= LONGEST:
-            return text
-        text = text[: LONGEST - len(self._texts.cut) - CLOSING_CHARS].rstrip()
-        log.warning("agent.cut", message=message.id, chars=len(text))
-        return "\n\n".join((f"{text}…\n{closing_fence(text)}".rstrip(), self._texts.cut))
+        """The text to send. One that is cut, or lacks a file, says so at its end."""
+        text, notes = answer.text.strip(), [self._texts.no_file] if answer.left_out else []
+        room = LONGEST - sum(map(len, notes))
+        if answer.is_cut or len(text) > room:
+            text = text[: room - len(self._texts.cut) - CLOSING_CHARS].rstrip()
+            log.warning("agent.cut", message=message.id, chars=len(text))
+            text, notes = f"{text}…\n{closing_fence(text)}".rstrip(), [self._texts.cut, *notes]
+        return "\n\n".join(filter(None, (text, *notes)))
 
     async def _on_receipt(self, receipt: Receipt) -> None:
         """Apologizes for an answer that cannot be sent as it is."""
         command, is_ours = receipt.command, receipt.command.startswith("agent-")
         if receipt.outcome == "refused" and receipt.reason in UNFIT and is_ours and not command.endswith("-sorry"):
             log.warning("agent.refused", reason=receipt.reason, message=receipt.reply_to)
-            apology = Outbound(id=f"{command}-sorry", user=receipt.user or None, text=self._texts.sorry)
+            said = self._texts.no_file if receipt.reason == "media" else self._texts.sorry
+            apology = Outbound(id=f"{command}-sorry", user=receipt.user or None, text=said)
             await self._sandbox.send(apology)
 
     async def _accompany(self, message: Message) -> None:

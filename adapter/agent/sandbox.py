@@ -109,6 +109,20 @@ class Message:
         """Its place in the inbox."""
         self.sandbox = sandbox
         self._replies = 0
+        self._parts: Sequence[Message] = ()
+        """The messages that this one joins."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Message]) -> Message:
+        """Messages of one person as one: the first one's id and position, the last one's text, and all items."""
+        first, last = parts[0], parts[-1].inbound
+        items = [item for part in parts for item in part.inbound.items]
+        whole = msgspec.structs.replace(
+            first.inbound, text=last.text, items=items, quote=last.quote, window=last.window
+        )
+        joined = cls(first.sandbox, first.position, whole)
+        joined._parts = parts
+        return joined
 
     @property
     def id(self) -> str:
@@ -130,10 +144,11 @@ class Message:
         media: Media | None = getattr(item, "media", None)
         if media is None:
             raise Refused(getattr(item, "reason", "") or "no_media", "The item has no media.")
+        position = next((part.position for part in self._parts if item in part.inbound.items), self.position)
         if isinstance(item, VoiceItem) and item.wav is not None:
             with contextlib.suppress(Refused):  # it could not be converted: as it was recorded, then
-                return await self.sandbox.read_media(item.wav.object, self.position)
-        return await self.sandbox.read_media(media.object, self.position)
+                return await self.sandbox.read_media(item.wav.object, position)
+        return await self.sandbox.read_media(media.object, position)
 
     async def media(self, room: float = math.inf) -> AsyncIterator[MediaFile]:
         """All items but texts, with their bytes, of at most `room` bytes together. Bytes that cannot be had are left

@@ -19,6 +19,8 @@ class Texts(NamedTuple):
     """There is nothing to stop."""
     cut: str
     """At the end of an answer that is only sent in part."""
+    no_file: str
+    """A file of an answer could not be sent."""
     working: str
     """The agent has been at work for a minute."""
     welcome: str
@@ -40,6 +42,7 @@ TEXTS = {
         stopped="已停止。",
         idle="当前没有正在处理的内容。",
         cut="（回答过长，以上只是开头部分。）",
+        no_file="（有文件无法发送。）",
         working="仍在处理，请稍候。",
         welcome="你好！这里由 AI 助手回复。发送“帮助”查看可用指令。",
         help=(
@@ -61,6 +64,7 @@ TEXTS = {
         stopped="Stopped.",
         idle="There is nothing to stop.",
         cut="(The answer is too long: this is its beginning.)",
+        no_file="(A file could not be sent.)",
         working="Still working on it.",
         welcome="Hello! An AI agent answers here. Write /help for what you can do.",
         help=(

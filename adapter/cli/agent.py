@@ -23,7 +23,7 @@ from adapter.agent import Sandbox
 from adapter.agent.connection import connect
 from adapter.agent.presets import PRESETS, PresetAgent
 from adapter.agent.program import STDERR, Program
-from adapter.agent.runner import Agent, Answer, Runner, Sessions, Turn
+from adapter.agent.runner import GATHER_S, Agent, Answer, Runner, Sessions, Turn
 from adapter.agent.sandboxes import Sandboxes
 from adapter.cli import output
 from adapter.cli.bus import BROKE, settings_here, with_context
@@ -133,6 +133,14 @@ class AgentChoice:
         str | None,
         Parameter(metavar="TEXT", help="Text before the first answer to a person; default: a greeting; '': none."),
     ] = None
+    gather: Annotated[
+        float,
+        Parameter(
+            validator=validators.Number(gte=0, lte=60),
+            metavar="SECONDS",
+            help="Seconds that files without words wait for the person's words about them; 0: none.",
+        ),
+    ] = GATHER_S
 
     def check(self) -> None:
         """Raises Failed unless one agent is named, whose program is there if it has one."""
@@ -251,7 +259,7 @@ async def agent(
     async def serve(one: Sandbox) -> None:
         _, sessions = state_of(one.name, settings, state / one.name if state and several else state)
         log.info("agent.started", sandbox=one.name)
-        await Runner(one, answering, sessions, welcome=choice.welcome).run()
+        await Runner(one, answering, sessions, welcome=choice.welcome, gather_s=choice.gather).run()
 
     async with opened(choice, settings, folder, may_be_away=True) as answering:
         try:

@@ -208,7 +208,9 @@ async def _run(
                     return await view.run(stage, bus, None)
                 connected = await inner.enter_async_context(Sandbox(sandbox, stage.settings))
                 welcome = choice.welcome if stage.simulator is None else choice.welcome or ""
-                runner = Runner(connected, answer, stage.sessions, view.on_end, welcome=welcome)
+                runner = Runner(
+                    connected, answer, stage.sessions, view.on_end, welcome=welcome, gather_s=choice.gather
+                )
                 agent = group.create_task(runner.run())
                 code = await view.run(stage, bus, answer)
                 agent.cancel()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from adapter.agent.texts import TEXTS
 from adapter.agent.webhook import INLINE_BYTES
 from adapter.simulator import FaultRule, samples
 from tests.e2e.test_agent import Agent, Receiver, agent_running, settled, shows
@@ -39,9 +40,10 @@ print("Here:")
 """
 
 
-def options(folder: Path) -> list[str]:
+def options(folder: Path, gather: str = "0") -> list[str]:
     (folder / "files.py").write_text(PROGRAM)
-    return ["--exec", f"{sys.executable} {folder / 'files.py'} {folder}", "--state", str(folder / "state")]
+    program = f"{sys.executable} {folder / 'files.py'} {folder}"
+    return ["--exec", program, "--state", str(folder / "state"), "--gather", gather]
 
 
 def prompts(folder: Path) -> list[str]:
@@ -95,10 +97,47 @@ async def test_what_cannot_be_had_or_sent_is_left_out(tmp_path: Path) -> None:
         names = [f"{number:02}.txt" for number in range(2, 11)]
         await until(lambda: len(shown(made)) == 2 + len(names), "both are answered")
         assert [(kind, name) for kind, name, _ in shown(made)[2:]] == [("file", name) for name in names]
+        assert [text for _, text, _ in shown(made)[:2]] == ["Here:", f"Here:\n\n{TEXTS['en'].no_file}"]
         assert prompts(tmp_path) == ["[image]", "many"]
         log = agent.log.read_text()
         assert "agent.no_media" in log
         assert log.count("agent.file_not_sent") == 2  # the empty one, and the eleventh
+
+
+async def test_pictures_and_the_words_about_them_are_one_turn(tmp_path: Path) -> None:
+    """Also after a kill. A command is no words about a picture."""
+    async with agent_running(tmp_path, *options(tmp_path, "60")) as (made, agent):
+        bot, pictures = made.bots["s1"].bot, [samples.png(), samples.jpeg()]
+        for picture in pictures:
+            made.sim.say_media(bot, "image", picture)
+        made.say("s1", "What is this?")
+        await until(lambda: len(prompts(tmp_path)) == 1, "the program runs")
+        made.say("s1", "later")
+        await agent.end(signal.SIGKILL)
+        (tmp_path / "go").touch()
+        await agent.start()
+        await until(lambda: len(shown(made)) == 4, "both are answered")
+        images = [("image", "", picture) for picture in pictures]
+        here = ("text", "Here:", b"")
+        assert [shown(made)[0], *sorted(shown(made)[1:3]), shown(made)[3]] == [here, *sorted(images), here]
+        assert [text.count("[image: ") for text in prompts(tmp_path)] == [2, 2, 0]
+        assert [text.partition("\n")[0] for text in prompts(tmp_path)] == ["What is this?", "What is this?", "later"]
+        made.sim.say_media(bot, "image", pictures[0])
+        made.say("s1", "/stop")
+        await until(lambda: shown(made)[-1][1] == TEXTS["en"].stopped, "the picture waits no more")
+        made.say("s1", "after")
+        await until(lambda: len(prompts(tmp_path)) == 4, "words after a command are a turn of their own")
+        assert prompts(tmp_path)[3] == "after"
+
+
+async def test_a_picture_without_words_is_a_turn_after_a_while(tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    async with agent_running(tmp_path, *options(tmp_path, "0.2")) as (made, _):
+        made.sim.say_media(made.bots["s1"].bot, "image", samples.png())
+        await until(lambda: len(shown(made)) == 2, "it is answered")
+        made.say("s1", "words")
+        await until(lambda: len(prompts(tmp_path)) == 2, "the words are answered")
+        assert prompts(tmp_path)[1] == "words"
 
 
 @pytest.mark.parametrize("victim", ["command", "adapter", "server"])
