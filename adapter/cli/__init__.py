@@ -35,6 +35,7 @@ COMMANDS = {
     "unbind": ("bindings:unbind", "Let a bot, or every bot of a sandbox, serve it no longer."),
     "bindings": ("bindings:bindings", "List which bots serve which sandboxes, and their states."),
     "agent": ("agent:agent", "Let an agent of your own answer a sandbox's people."),
+    "mcp": ("mcp:mcp", "Let an agent write to a sandbox's people by tools (MCP)."),
     "send": ("send:send", "Send text or files to a sandbox's user; wait for the receipt."),
     "erase": ("persons:erase", "Unbind a person, and erase everything of theirs."),
     "export": ("persons:export", "Print everything of one person as JSON lines."),
