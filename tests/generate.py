@@ -22,8 +22,9 @@ from adapter.cli.schema import json_schema
 from adapter.contract.messages import MESSAGES
 from adapter.contract.names import Names
 from adapter.settings import GROUPS, SECRETS, Settings, variable_of
+from adapter.tools.accounts import FILES, server_config
 from tests.asyncapi import RAW, asyncapi, channels
-from tests.bus.accounts import FILES, nsc_scripts, server_config
+from tests.bus.accounts import nsc_scripts
 
 ROOT = Path(__file__).parents[1]
 TYPES = Path("schemas/examples/typescript/wechat-nats.d.ts")
@@ -99,7 +100,9 @@ def generated_files(root: Path = ROOT) -> dict[Path, str]:
     files = {Path("schemas") / f"{name}.json": _document_text(json_schema(name)) for name in MESSAGES}
     files[Path("schemas/asyncapi.json")] = _document_text(asyncapi())
     for own_accounts, file in FILES.items():
-        files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
+        files[Path("helm/nats") / file] = server_config(
+            Names(), EXAMPLES, untrusted=("u1",), own_accounts=own_accounts
+        )
     files |= {Path("helm/nats") / file: text for file, text in nsc_scripts(Names()).items()}
     files[MESSAGES_PAGE] = messages_markdown()
     page = (root / SETTINGS_PAGE).read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from adapter.contract.names import Names
+from adapter.tools.accounts import OF_ONE, ROLES, exports, grants, imports, server_config
 from adapter.tools.permissions import Allowed, Grants, Permissions, covers, overlaps
-from tests.bus.accounts import OF_ONE, ROLES, exports, grants, imports, server_config
 from tests.generate import ROOT
 
 NAMES = Names()
@@ -107,6 +107,6 @@ def test_no_export_holds_another() -> None:
 
 
 def test_another_prefix_has_other_subjects() -> None:
-    text = server_config(Names("wx"), ["s1"])
+    text = server_config(Names("wx"), ["s1"], untrusted=["u1"])
     assert "wechat" not in text.replace("wechat-nats", "").lower().replace('"wechat"', "")
     assert {role for role in ROLES if grants(Names("wx"), role) == grants(NAMES, role)} == set()

@@ -18,7 +18,7 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.api_replies import decode_ack
 from adapter.jetstream.client import BusClient, permission_violation
-from adapter.jetstream.managed_connection import connect_options
+from adapter.jetstream.managed_connection import BAD_CREDENTIALS, connect_options
 from adapter.ports import PubAck
 from adapter.settings import Settings
 from adapter.tools.permissions import inbox as inbox_prefix
@@ -129,8 +129,10 @@ class Connection:
         answered = msg.headers or {}
         if code := answered.get(H_ERROR_CODE):
             kind = Temporary if code in BUSY else Refused
-            said = answered.get(H_ERROR, "").rstrip(".") or "The adapter refused"
-            raise kind("refused", f"{said} (code {code}).")
+            raise kind(
+                "not_found" if code == "404" else "refused",
+                answered.get(H_ERROR) or f"The adapter refused (code {code}).",
+            )
         return msg.data, answered
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
@@ -194,7 +196,7 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
 def _why_unreachable(settings: Settings, why: BaseException) -> str:
     text = str(why).lower()
     if "authorization" in text or "authentication" in text:
-        return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
+        return f"NATS {BAD_CREDENTIALS}."
     if isinstance(why, ssl.SSLError) or "certificate" in text or "tls" in text:
         return "The TLS handshake with NATS failed: check NATS_CA, NATS_CERT and NATS_KEY."
     servers = ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in settings.nats_url)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
@@ -51,6 +52,8 @@ GATHER_S = 3.0
 """Default time for which a file waits for the person's words about it."""
 FILES = frozenset({"image", "video", "file"})
 """Kinds of items that a person sends alone, and then says something about."""
+UNSEEN = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+"""Colours and other control characters for a terminal."""
 UNFIT = ("too_long", "invalid", "media")
 """Why an answer is refused that could be sent if it were another one."""
 
@@ -347,7 +350,7 @@ class Runner:
 
     def _text_of(self, answer: Answer, message: Message) -> str:
         """The text to send. One that is cut, or lacks a file, says so at its end."""
-        text, notes = answer.text.strip(), [self._texts.no_file] if answer.left_out else []
+        text, notes = UNSEEN.sub("", answer.text).strip(), [self._texts.no_file] if answer.left_out else []
         room = LONGEST - sum(map(len, notes))
         if answer.is_cut or len(text) > room:
             text = text[: room - len(self._texts.cut) - CLOSING_CHARS].rstrip()

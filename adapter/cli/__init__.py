@@ -44,6 +44,7 @@ COMMANDS = {
     "queue": ("stored:queue", "Commands that wait to be sent: delete."),
     "dead": ("stored:dead", "Messages that could not be handled: list, show, retry, delete."),
     "doctor": ("doctor:doctor", "Check NATS, permissions, streams, adapters and bindings."),
+    "permissions": ("permissions:permissions", "Print a NATS server's accounts for these sandboxes."),
     "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
     "schema": ("schema:schema", "Print the JSON Schema of a message of the bus."),
 }

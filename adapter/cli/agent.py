@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 
 from adapter import __version__
 from adapter.agent import Sandbox
-from adapter.agent.connection import connect
+from adapter.agent.connection import Connection, connect
 from adapter.agent.presets import PRESETS, PresetAgent
 from adapter.agent.program import STDERR, Program
 from adapter.agent.runner import GATHER_S, Agent, Answer, Runner, Sessions, Turn
@@ -53,6 +53,10 @@ ANY = "*?"
 """Characters that make a pattern of a sandbox's id."""
 IN_FOLDERS = str.maketrans(ANY, "+=")
 """What stands for them in the name of a folder: processes with several patterns share none."""
+SHELL = frozenset(("|", "||", "&", "&&", ";", "<", ">", ">>"))
+"""Words that only a shell understands."""
+NOBODY_S = 2.0
+"""Longest wait for an adapter's word on whether anybody is bound."""
 MAX_OUTPUT = 40_000
 """Most bytes of an answer: they fit into a command even if JSON escapes many of them."""
 
@@ -152,9 +156,15 @@ class AgentChoice:
         for command in filter(None, (self.program, self.agent, self.acp)):
             try:
                 name = shlex.split(command)[0]
+                unquoted = shlex.split(command, posix=False)
             except (ValueError, IndexError) as exc:
                 raise Failed(USAGE, f"The program cannot be read: {exc}.") from None
+            if shell := SHELL.intersection(unquoted):
+                needs = f"`{min(shell)}` needs a shell: give a script, or sh -c '…'."
+                raise Failed(USAGE, needs)
             if shutil.which(name) is None and (command is not self.agent or name in PRESETS):
+                if Path(name).is_file():
+                    raise Failed(USAGE, f"`{name}` is not executable: chmod +x {name}")
                 raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 
@@ -267,14 +277,24 @@ async def agent(
                 logs.configure(settings.log, version=__version__)
                 await Sandboxes(pattern, settings).run(serve)
             else:
-                async with Sandbox(pattern, settings) as connected:
+                async with Connection(settings, pattern) as nc, Sandbox(pattern, connection=nc) as connected:
                     logs.configure(settings.log, version=__version__)
+                    await _warn_of_nobody(nc, pattern)
                     await serve(connected)
         except asyncio.CancelledError:
             return OK
         except NatsError:
             raise Failed(UNREACHABLE, BROKE) from None
     return OK
+
+
+async def _warn_of_nobody(connection: Connection, sandbox: str) -> None:
+    try:
+        await connection.ask(f"window.{sandbox}", b"{}", timeout_s=NOBODY_S)
+    except (Refused, Temporary) as exc:
+        if exc.reason == "not_found":
+            detail = f"Nobody is bound to {sandbox} yet: `wechat-nats login {sandbox}` shows a QR code."
+            log.warning("agent.nobody", sandbox=sandbox, detail=detail)
 
 
 def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tuple[Path, Sessions]:
@@ -284,7 +304,7 @@ def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tu
         folder.mkdir(parents=True, exist_ok=True)
         return folder, Sessions(sandbox, folder / "sessions.json")
     except (OSError, *UNDECODABLE) as exc:
-        raise Failed(NO, f"Cannot use {folder}: {exc}.") from None
+        raise Failed(NO, f"Cannot use {folder}: {getattr(exc, 'strerror', None) or exc}.") from None
 
 
 @contextlib.asynccontextmanager

@@ -87,7 +87,7 @@ class BusConnection(Connection):
         try:
             return await super().ask(verb, payload, headers, timeout_s)
         except (Refused, Temporary) as exc:
-            raise Failed(NO if exc.reason == "refused" else UNREACHABLE, exc.detail) from None
+            raise Failed(NO if exc.reason in ("refused", "not_found") else UNREACHABLE, exc.detail) from None
 
     async def request_service(
         self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S

@@ -117,7 +117,8 @@ class Screen:
     def tell_end(self, end: TurnEnd) -> None:
         """What went wrong with a message, if anything did."""
         log_end(end)
-        for line in filter(None, (end.detail or end.reason, end.said)):
+        nothing = "" if end.reason or end.chars or end.items else "The agent said nothing."
+        for line in filter(None, (end.detail or end.reason or nothing, end.said)):
             self.show("problem", line)
 
     def _label(self, label: str) -> str:

@@ -169,7 +169,9 @@ class EmbeddedNats:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 return str(json.loads(ports_file.read_bytes())["nats"][0])
             if not self.is_running:
-                raise Failed(NO, f"The server ended at once: {self._last_log_line()}")
+                if "address already in use" in (word := self._last_log_line()):
+                    raise Failed(NO, f"Port {self._port} is taken: give another --port; 0 is a free one.")
+                raise Failed(NO, f"The server ended at once: {word}")
             await asyncio.sleep(0.02)
 
     def _last_log_line(self) -> str:

@@ -107,6 +107,8 @@ async def _check_strangers(user: User | None, bus: BusConnection) -> list[Findin
             return []
         said = "No credentials are asked for: whoever reaches this server reads every chat and can bind bots"
         return [Finding("strangers", "warn", f"{said}; {WHERE}.")]
+    if bus.nc.is_asked_for_credentials:
+        return [Finding("strangers", "ok", "nobody gets in without credentials")]
     nobody = msgspec.structs.replace(
         settings, nats_url=urls, nats_creds="", nats_nkey="", nats_user="", nats_password="", nats_token=""
     )

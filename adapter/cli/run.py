@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from adapter import __version__
 from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedNats, while_alive
-from adapter.cli.exits import CLOSING_S, OK, draining_on_signal
+from adapter.cli.exits import CLOSING_S, NO, OK, Failed, draining_on_signal
 from adapter.cli.options import flag
 from adapter.cli.output import write_private
 from adapter.settings import CREDENTIALS, Settings, read_settings
@@ -73,8 +73,8 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
 async def durable_nats(settings: Settings, port: int) -> AsyncIterator[tuple[EmbeddedNats, Settings]]:
     """The NATS server of the data folder, and the settings of an adapter on it. Commands find it by its URL file."""
     folder = Path(settings.data_dir)
+    settings = _with_token_key(settings, folder)
     async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
-        settings = _with_token_key(settings, folder)
         write_private(folder / URL_FILE, server.url + "\n", advice=ADVICE)
         log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
         yield server, embedded_settings(settings, server.url)
@@ -102,6 +102,9 @@ def _with_token_key(settings: Settings, folder: Path) -> Settings:
     if settings.token_key:
         return settings
     if not path.exists():
+        if (folder / "nats" / "jetstream").exists():
+            said = f"The key that opens the data in {folder} is gone: put {path} back, or set WECHAT_NATS_TOKEN_KEY."
+            raise Failed(NO, f"{said} To begin anew, remove {folder}.")
         write_private(path, base64.b64encode(secrets.token_bytes(32)) + b"\n", advice=ADVICE)
         log.info("token_key.created", path=str(path), detail="Keep it elsewhere than backups of this folder.")
     made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})

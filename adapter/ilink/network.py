@@ -181,7 +181,7 @@ class Resolver:
         if self._lookups.get((host, port), (0.0, None))[1] is asking:
             del self._lookups[host, port]
         why = str(found) if isinstance(found, NotPublic) else f"{host} cannot be resolved"
-        raise Temporary("network", f"{type(found).__name__}: {why}")
+        raise Temporary("network", why)
 
     async def _resolve(self, host: str, port: int) -> list[str] | Exception:
         """Returns an error instead of raising it, since many callers await the same task."""

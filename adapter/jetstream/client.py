@@ -59,6 +59,11 @@ class BusClient(Client):
         self._admit = admit
         self.pauses = True
 
+    @property
+    def is_asked_for_credentials(self) -> bool:
+        """Whether the server lets in nobody without credentials; it tells that in its greeting."""
+        return bool(self._server_info.get("auth_required"))
+
     def _setup_nkeys_connect(self) -> None:
         """Signs with our own key; nats-py's imports the package `nkeys`."""
         user = self._user_credentials

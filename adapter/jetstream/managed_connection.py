@@ -30,6 +30,8 @@ from adapter.tools.timing import ChangeSignal, backoff, is_cancelled, wait_event
 
 log = structlog.get_logger()
 
+BAD_CREDENTIALS = "refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN"
+
 CONNECT_S = 6.0
 SUSPECT_AFTER_S = 4.0
 """Time without any answer after which another server is tried. A leader election may take as long; moving then
@@ -131,8 +133,8 @@ class ManagedConnection:
                 nc = await self._connect()
             except (Temporary, NatsError, OSError, TimeoutError) as exc:
                 failures += 1
-                reason = exc.detail if isinstance(exc, Temporary) else str(exc)
-                self.down_reason = reason[:200] or type(exc).__name__
+                reason = exc.detail if isinstance(exc, Temporary) else str(exc) or type(exc).__name__
+                self.down_reason = BAD_CREDENTIALS if "authorization" in reason.lower() else reason[:200]
                 wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
                 log.warning(
                     "bus.unreachable",

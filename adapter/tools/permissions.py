@@ -1,6 +1,6 @@
 """Permissions on the bus: the subjects of the roles that adapters and `doctor` know, and what a user may. No I/O.
 
-`tests/bus/accounts.py` makes the templates in `helm/nats/` of it, with the other roles and the accounts.
+`tools/accounts.py` makes a server's accounts of it, with the other roles.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from adapter.contract.names import Names
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.credentials import credential_options
 from adapter.settings import read_settings
+from adapter.tools.accounts import ACCOUNT_OF, FILES, OF_ONE, WECHAT
 from adapter.tools.permissions import inbox
-from tests.bus.accounts import ACCOUNT_OF, FILES, OF_ONE, WECHAT
 from tests.bus.nsc import Nsc
 from tests.e2e.waiting import until
 from tests.generate import EXAMPLES, ROOT

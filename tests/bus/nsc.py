@@ -17,7 +17,8 @@ from typing import Any
 
 import nkeys
 
-from tests.bus.accounts import ARGUMENT, OF_ONE, SYSTEM
+from adapter.tools.accounts import OF_ONE, SYSTEM
+from tests.bus.accounts import ARGUMENT
 from tests.generate import ROOT
 
 OPERATOR, ACCOUNT, USER = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER

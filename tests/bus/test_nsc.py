@@ -11,7 +11,7 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.contract.names import Names
-from tests.bus.accounts import OF_ONE, ROLES, grants
+from adapter.tools.accounts import OF_ONE, ROLES, grants
 from tests.bus.guarded import NAMES, Guarded, User, guarded
 from tests.bus.nsc import ACCOUNT, LONGEST_LINE, NO_LIMITS, USER, Key, encode
 from tests.generate import ROOT

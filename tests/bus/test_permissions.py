@@ -20,10 +20,10 @@ from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings, read_settings
+from adapter.tools.accounts import grants
 from adapter.tools.permissions import covers, streams
 from tests.asyncapi import channels
 from tests.bus import roles
-from tests.bus.accounts import grants
 from tests.bus.guarded import NAMES, NEW_ACKS, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row
 from tests.bus.test_tls import linked

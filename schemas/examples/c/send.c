@@ -7,13 +7,17 @@
 
 int main(int argc, char **argv)
 {
-    const char *sandbox = argc > 1 ? argv[1] : "s1";
-    const char *text = argc > 2 ? argv[2] : "good morning";
-    natsConnection *nc = connected(inbox_prefix("_INBOX"));
+    const char *sandbox = argv[1], *text = argv[2];
+    natsConnection *nc;
     natsSubscription *receipts = NULL;
     cJSON *command = cJSON_CreateObject();
     char subject[128], id[128];
 
+    if (argc != 3) {
+        fprintf(stderr, "usage: send SANDBOX TEXT\n");
+        return 2;
+    }
+    nc = connected(inbox_prefix("_INBOX"));
     snprintf(subject, sizeof subject, "wechat.event.%s.receipt.>", sandbox);
     must(natsConnection_SubscribeSync(&receipts, nc, subject), subject);
     must(natsConnection_Flush(nc), "flush"); /* listen before you speak */

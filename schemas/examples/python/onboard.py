@@ -76,4 +76,8 @@ async def main(verb: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["login"], ["bind"]) or len(sys.argv) != (3 if sys.argv[1] == "login" else 4):
+        sys.exit("usage: onboard.py login SANDBOX | onboard.py bind SANDBOX BOT")
+    if sys.argv[1] == "bind" and not os.environ.get("BOT_TOKEN"):
+        sys.exit("Set BOT_TOKEN to the bot's token.")
     sys.exit(asyncio.run(main(*sys.argv[1:])))

@@ -33,4 +33,6 @@ async def main(sandbox: str, text: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: send.py SANDBOX TEXT")
     sys.exit(asyncio.run(main(*sys.argv[1:])))

@@ -8,7 +8,11 @@ import { randomUUID } from "node:crypto";
 import { connect, store } from "./bus.js";
 import type { Receipt } from "./wechat-nats.d.ts";
 
-const [sandbox = "s1", text = "good morning"] = process.argv.slice(2);
+const [sandbox, text] = process.argv.slice(2);
+if (!sandbox || !text) {
+  console.error("usage: send SANDBOX TEXT");
+  process.exit(2);
+}
 const nc = await connect("_INBOX");
 const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt.>`);
 await nc.flush(); // listen before you speak
