@@ -428,6 +428,15 @@ async def test_who_waits_is_told_once_that_the_agent_is_at_work(
     assert [one["id"] for one in await person.commands() if one.get("text") == texts.working] == ["agent-2-still"]
 
 
+async def test_what_only_a_terminal_understands_does_not_reach_a_person(person: Person) -> None:
+    async def agent(_turn: Turn) -> Answer:
+        return Answer("\x1b[1;32mgreen\x1b[0m\x00 and\r\n\ttabbed\x07")
+
+    async with answered_by(person, agent, welcome=""):
+        await person.say()
+        assert await told(person, 1) == [("u1", "green and\n\ttabbed")]
+
+
 async def test_a_new_conversation_does_not_wait_for_an_answer_in_the_old_one(person: Person) -> None:
     async def agent(turn: Turn) -> Answer:
         return Answer(await turn.ask("Which?", (), "q1") if turn.message.text == "ask" else "done")

@@ -23,12 +23,15 @@ from adapter.agent.nats_agent import NatsAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Turn
 from adapter.agent.webhook import Webhook, sign
-from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.agent import AgentChoice
+from adapter.cli.demo import demo_settings
+from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.contract.messages import Inbound, Media, OutItem, TextItem
 from adapter.errors import Refused, Temporary
 from adapter.settings import Settings
-from tests.cli.conftest import Command
-from tests.cli.process import alive, until
+from adapter.simulator import Simulator
+from tests.cli.conftest import START_S, Command
+from tests.cli.process import alive, printed, started, until
 
 SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 
@@ -40,6 +43,8 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
         (["--agent", "cloud"], "", "Known agents: claude, codex, gemini, opencode."),
         (["--acp", "no-such-agent --acp"], "", "There is no program `no-such-agent` on the PATH."),
+        (["--exec", "cat | tr a b"], "", "`|` needs a shell: give a script, or sh -c '…'."),
+        (["--exec", __file__], "", "test_agent.py` is not executable: chmod +x "),
         (["--exec", "true", "--timeout", "0"], "", "Must be > 0."),
         (["--exec", "true", "--max-output", "50000"], "", "Must be <= 40000"),
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
@@ -73,6 +78,21 @@ async def test_a_state_that_cannot_be_used_is_said(server: EmbeddedNats, cli: Co
     result = await cli("agent", "s1", "--exec", "true", "--state", str(tmp_path))
     assert result.code == 1
     assert "Cannot use" in result.err
+
+
+def test_quoted_words_of_a_shell_are_words() -> None:
+    AgentChoice(program="sh -c 'cat | tr a b'").check()
+    AgentChoice(program="echo '|' \"&&\"").check()
+
+
+async def test_an_agent_of_nobody_says_so(server: EmbeddedNats, simulator: Simulator, tmp_path: Path) -> None:
+    settings = demo_settings(server.url, simulator.url)
+    options = ("--exec", "cat", "--state", str(tmp_path))
+    async with (
+        adapter_running(settings, start_s=START_S, drain_s=START_S),
+        started("agent", "s77", *options, env={"NATS_URL": server.url}) as process,
+    ):
+        await printed(process, b"agent.nobody")
 
 
 def test_the_signature_is_that_of_standard_webhooks() -> None:

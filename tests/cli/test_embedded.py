@@ -51,7 +51,7 @@ async def test_what_was_acknowledged_survives_a_crash(tmp_path: Path) -> None:
 async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
     async with EmbeddedNats() as first:
         second = EmbeddedNats(port=int(first.url.rpartition(":")[2]))
-        with pytest.raises(Failed, match="address already in use"):
+        with pytest.raises(Failed, match=r"Port .* is taken: give another --port"):
             await second.start()
         await second.stop()
         assert not second.folder.exists()
@@ -186,7 +186,9 @@ async def test_without_a_key_an_adapter_does_not_start() -> None:
     assert b"openssl rand -base64 32" in err
 
 
-async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_path: Path) -> None:
+async def test_a_start_that_fails_leaves_its_key_to_the_next_one_and_none_is_replaced(
+    tmp_path: Path,
+) -> None:
     async with EmbeddedNats() as other:
         port = other.url.rpartition(":")[2]
         async with started(
@@ -194,9 +196,15 @@ async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_pa
         ) as process:
             _, err = await process.communicate()
     assert process.returncode == 1
-    assert b"address already in use" in err
-    assert os.listdir(tmp_path) == ["nats"]
+    assert b"is taken" in err
+    assert sorted(os.listdir(tmp_path)) == ["nats", KEY_FILE]
+    key = (tmp_path / KEY_FILE).read_bytes()
     environ = {"WECHAT_NATS_DATA_DIR": str(tmp_path), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
     async with started("run", "--embedded", "--port", port, env=environ):
         await until((tmp_path / URL_FILE).exists)
-        assert (tmp_path / KEY_FILE).exists()
+        assert (tmp_path / KEY_FILE).read_bytes() == key
+    (tmp_path / KEY_FILE).unlink()
+    async with started("run", "--embedded", "--port", port, env=environ) as process:
+        _, err = await process.communicate()
+    assert (process.returncode, b"The key that opens the data" in err) == (1, True)
+    assert not (tmp_path / KEY_FILE).exists()

@@ -173,8 +173,7 @@ async def test_an_ilink_without_a_code_is_1_with_a_sentence(sim: Simulator, cli:
     sim.set_fault(FaultRule(fault="F1", endpoint="get_bot_qrcode", count=1))
     result = await cli("login", "s1")
     assert (result.code, result.out) == (1, "")
-    assert "iLink gave no QR code" in result.err
-    assert "503" in result.err
+    assert "iLink gave no QR code: " in result.err
 
 
 async def test_a_person_whose_phone_calls_the_version_old_reads_what_that_means(sim: Simulator) -> None:
