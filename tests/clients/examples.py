@@ -93,7 +93,8 @@ def copied(folder: Path, language: str) -> Path:
 
 def python(folder: Path) -> Language:
     place = copied(folder, "python")
-    return Language("python", folder, {name: (sys.executable, str(place / f"{name}.py")) for name in PROGRAMS})
+    programs = (*PROGRAMS, "many")
+    return Language("python", folder, {name: (sys.executable, str(place / f"{name}.py")) for name in programs})
 
 
 def typescript(folder: Path, npm: Path) -> Language:

@@ -142,6 +142,37 @@ async def test_each_needs_no_more_than_its_role_may(
             await bridge.close()
 
 
+async def test_one_program_is_the_agent_of_all_sandboxes(tmp_path: Path) -> None:
+    """With the rights of its role. A sandbox that is bound later is served, too, and each answer has its receipt."""
+    language = examples.python(tmp_path)
+    async with guarded(tmp_path, "passwords") as server, Simulator(fast()) as sim:
+        bridge = World(tmp_path, sim, server.url, environ_of(server.url, sim) | server.users["adapter"].environ)
+        try:
+            await started(bridge)
+            platform = {"NATS_URL": server.url, **server.users["platform"].environ}
+
+            async def bind(sandbox: str) -> None:
+                bot = bridge.bots[sandbox] = sim.add_bot()
+                async with language.run("onboard", "bind", sandbox, bot.bot, BOT_TOKEN=bot.token, **platform) as one:
+                    assert await one.ended() == 0, one.said
+
+            await bind("a1")
+            await bind("a2")
+            bridge.say("a1", "before it ran")
+            async with language.run("many", NATS_URL=server.url, **server.users["agents"].environ) as many:
+                await many.says("a2: ready")
+                await bind("a3")
+                for sandbox in ("a2", "a3"):
+                    bridge.say(sandbox, "hello")
+                for sandbox in ("a1", "a2", "a3"):
+                    await many.says(f"{sandbox}: {sandbox}.echo.")
+                assert many.said.count(": accepted") == 3
+            assert bridge.phone_texts("a1") == ["You said: before it ran"]
+            assert bridge.phone_texts("a3") == ["You said: hello"]
+        finally:
+            await bridge.close()
+
+
 @pytest.mark.slow
 async def test_go(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.go(tmp_path))
