@@ -120,7 +120,7 @@ def leads_to(*turns: list[str]) -> tuple[LookUpHost, list[tuple[str, int]]]:
 )
 async def test_a_host_with_an_address_that_is_not_public_is_not_called(addresses: list[str]) -> None:
     look_up, _ = leads_to(addresses)
-    with capture_logs() as logs, pytest.raises(Temporary, match="NotPublic"):
+    with capture_logs() as logs, pytest.raises(Temporary, match="is not public"):
         await Resolver((), look_up=look_up).addresses(HOST, 443)
     assert [(line["event"], line["host"]) for line in logs] == [("address.refused", HOST)]
     assert await Resolver((HOST,), look_up=look_up).addresses(HOST, 443) == addresses
@@ -128,7 +128,7 @@ async def test_a_host_with_an_address_that_is_not_public_is_not_called(addresses
 
 async def test_the_system_says_where_a_name_leads() -> None:
     assert "127.0.0.1" in await resolve_host("localhost", 80)
-    with pytest.raises(Temporary, match="NotPublic"):
+    with pytest.raises(Temporary, match="is not public"):
         await Resolver(()).addresses("localhost", 80)
 
 
@@ -136,7 +136,7 @@ async def test_a_name_that_cannot_be_resolved_is_a_failed_connection() -> None:
     async def unknown(host: str, port: int) -> list[str]:
         raise OSError("Name or service not known")
 
-    with pytest.raises(Temporary, match=f"^{HOST} cannot be resolved"):
+    with pytest.raises(Temporary, match=f"{HOST} cannot be resolved"):
         await Resolver((), look_up=unknown).addresses(HOST, 443)
 
 
@@ -418,7 +418,7 @@ async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Unto
         max_bytes=100,
         resolver=Resolver((), look_up=leads_to(["10.0.0.7"])[0]),
     )
-    with pytest.raises(Temporary, match="NotPublic"):
+    with pytest.raises(Temporary, match="is not public"):
         [piece async for piece in cdn.download(MediaRef(0, "", "reference", None, ""))]
     await cdn.close()
 
