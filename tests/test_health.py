@@ -28,7 +28,7 @@ class Replica:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.metrics = Metrics()
-        self.connection = SimpleNamespace(is_connected=True, api_request=self._api)
+        self.connection = SimpleNamespace(is_connected=True, api_request=self._api, request=self._unpermitted)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
         self.leases = SimpleNamespace(is_working=True, last_error="refused", owned={}, ownerless=set())
         self.silence: Exception | None = None
@@ -49,7 +49,7 @@ class Replica:
         one = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set(), evict_idle=list)
         partitions: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, working={1: one})
         inspector: Any = self
-        self.health = Health(edges, NAMES, inspector)
+        self.health = Health(edges, NAMES, inspector, "_INBOX")
         self.health.on_started()
         self.tasks = [
             asyncio.create_task(self.health.check_jetstream_forever()),
@@ -61,6 +61,9 @@ class Replica:
         """What /readyz says of JetStream; "": all is well."""
         (check,) = (check for check in self.health.check_ready() if check.name == "jetstream")
         return "" if check.ok else check.detail
+
+    async def _unpermitted(self, subject: str, data: bytes, timeout_s: float) -> Any:
+        raise Temporary("timeout")
 
     async def _api(self, verb: str, timeout_s: float = 5.0) -> dict[str, Any]:
         if self.silence is not None:

@@ -42,7 +42,7 @@ def clock() -> Clock:
 def starting(clock: Clock) -> Health:
     edges: Any = SimpleNamespace(clock=clock, metrics=Metrics())
     nothing: Any = SimpleNamespace(altered={}, incomplete=[])
-    return Health(edges, Names(), nothing)
+    return Health(edges, Names(), nothing, "_INBOX")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_replica_in_service_passes_every_probe(server: ProbeServer) -> None:
     for path, names in {
         "/startupz": {"started"},
         "/livez": {"event_loop"},
-        "/readyz": {"started", "nats", "jetstream", "streams", "not_draining"},
+        "/readyz": {"started", "nats", "permissions", "jetstream", "streams", "not_draining"},
     }.items():
         status, found = checks(server, path)
         assert (status, set(found)) == (200, names)

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import structlog
@@ -58,6 +58,14 @@ class _Owned(msgspec.Struct, eq=False):
     """Bots of which former owners told while it began here."""
 
 
+class Unstored(NamedTuple):
+    """Answers of iLink that a drain had to drop."""
+
+    bots: int = 0
+    messages: int = 0
+    """At least so many: an answer may not even be read."""
+
+
 class Partitions:
     """Starts and stops partitions and pollers."""
 
@@ -76,6 +84,8 @@ class Partitions:
         """Those that have begun here, by number."""
         self.pollers: dict[str, BotPoller] = {}
         """Those that run here, by bot."""
+        self.unstored = Unstored()
+        """Set by `drain`."""
         self.bindings: Bindings = parts.bindings
         self.leases = leases
         self._parts = parts
@@ -347,7 +357,8 @@ class Partitions:
 
     async def drain(self, seconds: float) -> None:
         """Gives everything away, and waits for what is out, at most `seconds`. Then cuts what is left, as nothing
-        more can be gained; only an answer of iLink that is not stored yet may use up the time."""
+        more can be gained; only an answer of iLink that is not stored yet may use up the time. `unstored` is what
+        could not be stored."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         self.leases.draining = True
@@ -366,11 +377,15 @@ class Partitions:
             partition.stop()
         for poller in self.pollers.values():
             poller.stop(immediately=True)
-        await self._wait_pollers(CUT_S)
-        for task, poller in self._polling.items():
-            if not poller.has_answer:
-                task.cancel()
-        await self._wait_pollers(max(CUT_S, deadline - loop.time()))
+        try:
+            await self._wait_pollers(CUT_S)
+            for task, poller in self._polling.items():
+                if not poller.has_answer:
+                    task.cancel()
+            await self._wait_pollers(max(CUT_S, deadline - loop.time()))
+        finally:
+            left = [poller for poller in self._polling.values() if poller.has_answer]
+            self.unstored = Unstored(len(left), sum(poller.unstored for poller in left))
         for task in self._polling:
             task.cancel()
         await self._wait_pollers(CUT_S)

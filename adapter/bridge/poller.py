@@ -144,6 +144,8 @@ class BotPoller:
         pause."""
         self.is_out = False
         """A poll is out, or its answer is not stored yet."""
+        self.unstored = 0
+        """Messages of an answer that is not stored yet."""
         self._parts = parts
         self._person_of = person_of
         self._wish = Wish.NONE
@@ -408,7 +410,7 @@ class BotPoller:
         try:
             await self._poll_and_store(binding, person, began)
         finally:
-            self.is_out = False
+            self.is_out, self.unstored = False, 0
 
     async def _poll_and_store(self, binding: Binding, person: Person, began: float) -> None:
         """As `_poll_once`."""
@@ -432,6 +434,7 @@ class BotPoller:
         if polled.messages:
             parts.metrics.polls.labels(outcome="messages").inc()
             pace.hold_ms = max(pace.hold_ms, polled.hold_ms)
+            self.unstored = len(polled.messages)
             self._enter(State.STORING)
             await parts.ticks.wait_tick()
             has_news = await Receiver(self.bot, person, parts, polled, binding, started).receive()

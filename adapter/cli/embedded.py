@@ -202,7 +202,7 @@ jetstream {{
 
 
 @contextlib.asynccontextmanager
-async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[None]]:
+async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[bool]]:
     """The adapter in this process, ready; drained at the end of the block. Raises Failed if it does not start."""
     from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
 
@@ -226,7 +226,7 @@ async def adapter_running(settings: Settings, *, start_s: float, drain_s: float)
 
 
 async def while_alive(
-    work: Coroutine[Any, Any, T], server: EmbeddedNats, adapter: asyncio.Task[None] | None = None
+    work: Coroutine[Any, Any, T], server: EmbeddedNats, adapter: asyncio.Task[bool] | None = None
 ) -> T:
     """What `work` returns. Raises Failed if the server, or the adapter where it is not `work` itself, ends first."""
     task = asyncio.create_task(work)

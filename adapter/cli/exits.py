@@ -18,6 +18,7 @@ NO = 1
 USAGE = 2
 UNREACHABLE = 3
 TIMEOUT = 4
+UNSTORED = 5
 INTERRUPTED = 130
 
 EXIT_CODES = """\
@@ -28,6 +29,7 @@ Exit codes:
 * 2 wrong usage or settings
 * 3 NATS unreachable, or no adapter answered
 * 4 the outcome did not come in time
+* 5 `run` ended while answers of iLink were not stored
 * 130 ctrl-C
 """
 

@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from adapter import __version__
 from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedNats, while_alive
-from adapter.cli.exits import CLOSING_S, NO, OK, Failed, draining_on_signal
+from adapter.cli.exits import CLOSING_S, NO, OK, UNSTORED, Failed, draining_on_signal
 from adapter.cli.options import flag
 from adapter.cli.output import write_private
 from adapter.settings import CREDENTIALS, Settings, read_settings
@@ -49,7 +49,8 @@ def run(
 ) -> int:
     """Run the adapter until SIGTERM or ctrl-C, then drain and end.
 
-    Exit code 0 after a clean drain, also when it was ended by ctrl-C. A second signal does not wait for the drain.
+    Exit code 0 after a clean drain, also when it was ended by ctrl-C; 5 where answers of iLink could not be stored.
+    A second signal does not wait for the drain.
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
     settings = settings_here(adapter=not embedded)
@@ -62,11 +63,9 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
 
     with draining_on_signal(settings.drain_s + (CLOSING_S if embedded else 0.0)) as stop:
         if not embedded:
-            await app.run(settings, stop=stop)
-            return OK
+            return OK if await app.run(settings, stop=stop) else UNSTORED
         async with durable_nats(settings, port) as (server, its_settings):
-            await while_alive(app.run(its_settings, stop=stop), server)
-    return OK
+            return OK if await while_alive(app.run(its_settings, stop=stop), server) else UNSTORED
 
 
 @contextlib.asynccontextmanager

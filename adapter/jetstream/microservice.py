@@ -183,7 +183,7 @@ class Services:
             await service.add_endpoint(EndpointConfig(name=name, subject=subject, handler=begin))
 
         for subject, (verb, handler) in self._handlers.items():
-            await add(verb, subject, partial(self._answer_platform, handler))
+            await add(verb, subject, partial(self._answer_platform, verb, handler))
         for subject, (verb, of_sandbox) in self._sandbox_handlers.items():
             name = f"{verb}.own" if subject in self._handlers else verb
             await add(name, f"{subject}.*", partial(self._answer_sandbox, quota, verb, of_sandbox))
@@ -209,9 +209,10 @@ class Services:
             nc.try_publish(reply, b"", "", headers)
         return False
 
-    async def _answer_platform(self, handler: Handler, request: Request) -> None:
-        async with self._slots.slot(PLATFORM):
-            await _respond(request, handler(request.data))
+    async def _answer_platform(self, verb: str, handler: Handler, request: Request) -> None:
+        with self._timed(verb):
+            async with self._slots.slot(PLATFORM):
+                await self._respond(verb, request, handler(request.data))
 
     async def _answer_sandbox(
         self, quota: RequestQuota, verb: str, handler: SandboxHandler, request: Request
@@ -219,30 +220,39 @@ class Services:
         """Answers an admitted request."""
         sandbox = request.subject.rpartition(".")[2]
         try:
-            await quota.wait_turn(sandbox, COSTS.get(verb, 1))
-            slots = self._slots_by_verb.get(verb, self._slots)
-            async with slots.slot(sandbox) if slots else contextlib.nullcontext():
-                await _respond(request, handler(SandboxRequest(sandbox, request.headers or {}, request.data)))
+            with self._timed(verb):
+                await quota.wait_turn(sandbox, COSTS.get(verb, 1))
+                slots = self._slots_by_verb.get(verb, self._slots)
+                async with slots.slot(sandbox) if slots else contextlib.nullcontext():
+                    asked = SandboxRequest(sandbox, request.headers or {}, request.data)
+                    await self._respond(verb, request, handler(asked))
         finally:
             quota.release(sandbox, len(request.data))
 
+    def _timed(self, verb: str) -> contextlib.AbstractContextManager[object]:
+        return self._metrics.service_duration.labels(verb=verb).time()
 
-async def _respond(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
-    try:
-        await _answer(request, answering)
-    except NatsError as exc:  # the connection broke before the answer
-        log.info("service.unanswered", reason=type(exc).__name__)
+    async def _respond(self, verb: str, request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
+        try:
+            outcome = await _answer(request, answering)
+        except NatsError as exc:  # the connection broke before the answer
+            outcome = "unanswered"
+            log.info("service.unanswered", reason=type(exc).__name__)
+        self._metrics.service_requests.labels(verb=verb, outcome=outcome).inc()
 
 
-async def _answer(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
+async def _answer(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> str:
+    """The outcome, as the metric has it. Raises NatsError."""
     try:
         answer = await answering
         data, headers = (answer, {}) if isinstance(answer, bytes) else answer
         await request.respond(data, headers={H_SCHEMA: SCHEMA_VERSION, **headers})
     except Temporary as exc:
         await request.respond_error("503", _header_text(exc.detail or exc.reason))
+        return "unavailable"
     except Refused as exc:
         await request.respond_error(CODES.get(exc.reason, "400"), _header_text(exc.detail))
+        return "refused"
     except AdapterError as exc:
         await request.respond_error("500", _header_text(exc.detail or exc.reason))
     except ConnectionClosedError:
@@ -250,6 +260,9 @@ async def _answer(request: Request, answering: Awaitable[SandboxResponse | bytes
     except Exception:  # nats-py would send the exception's repr to the caller
         log.exception("service.crashed")
         await request.respond_error("500", "The adapter failed; its log says why.")
+    else:
+        return "ok"
+    return "failed"
 
 
 def _is_reply_allowed(reply: str, sandbox: str) -> bool:

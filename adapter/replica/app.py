@@ -14,29 +14,31 @@ from typing import Any
 import structlog
 
 from adapter import __version__
-from adapter.errors import UNDECODABLE, SettingsError, Temporary
+from adapter.errors import SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.replica.consumers import consume
 from adapter.replica.probes import ProbeServer
 from adapter.replica.wiring import Replica
 from adapter.settings import Settings
 from adapter.tools import media_types
-from adapter.tools.permissions import USER_INFO, required, user_of
 from adapter.tools.timing import wait_any
 
 log = structlog.get_logger()
 
+START_RETRY_S = 1.0
+"""Pause before what a start lacks is looked for again."""
 RELEASE_S = 5.0
 """Part of the drain time that is reserved for what comes after the polls."""
 
 
 async def run(
     settings: Settings, *, stop: asyncio.Event | None = None, on_ready: Callable[[], None] | None = None
-) -> None:
-    """Runs one replica until `stop` is set (or it is cancelled), then drains. Raises SettingsError."""
+) -> bool:
+    """Runs one replica until `stop` is set (or it is cancelled), then drains. False: answers of iLink could not be
+    stored. Raises SettingsError."""
     _raise_file_limit(settings.capacity)
     try:
-        await run_replica(Replica(settings), stop or asyncio.Event(), on_ready)
+        return await run_replica(Replica(settings), stop or asyncio.Event(), on_ready)
     except BaseExceptionGroup as group:
         wrong = group.subgroup(SettingsError)
         if wrong is not None:
@@ -44,7 +46,7 @@ async def run(
         raise
 
 
-async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> bool:
     """As `run`. Raises SettingsError, in a group, too."""
     with ProbeServer(replica.settings.http_addr, replica.health, replica.metrics) as probes, replica.console():
         async with asyncio.TaskGroup() as group:
@@ -59,9 +61,8 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
             for name, loop in replica.edges.loops():
                 start_loop(loop, name)
             try:
-                if await _prepare(replica, stop):
+                if await _prepare(replica, stop, start_loop):
                     leasing = start_loop(replica.leases.run(replica.partitions.give), "leases")
-                    start_loop(replica.bindings.run(), "bindings")
                     start_loop(replica.login_records.run(), "logins")
                     running_logins = start_loop(replica.logins.run(), "logins.run")
                     working = group.create_task(replica.partitions.run(partial(consume, replica)), name="partitions")
@@ -76,42 +77,60 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 for task in background:
                     task.cancel()
                 await replica.edges.close()
-    log.info("adapter.stopped", instance=replica.instance)
+    lost = replica.partitions.unstored
+    if lost.bots:
+        log.error("adapter.stopped", instance=replica.instance, lost_bots=lost.bots, lost_messages=lost.messages)
+    else:
+        log.info("adapter.stopped", instance=replica.instance)
+    return not lost.bots
 
 
-async def _prepare(replica: Replica, stop: asyncio.Event) -> bool:
-    """Waits for the connection and verifies the streams. False: it was stopped meanwhile. Raises SettingsError."""
+async def _prepare(
+    replica: Replica, stop: asyncio.Event, start_loop: Callable[[Coroutine[Any, Any, None], str], object]
+) -> bool:
+    """Waits for the connection, the permissions, the streams, the bindings and their key: who lacks one of them
+    takes nothing from other replicas, and /startupz and /readyz say what it is. False: it was stopped meanwhile.
+    Raises SettingsError."""
     if not media_types.HAS_VOICE:
         log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
-    replica.health.phase = "connecting to NATS"
-    connection, epoch = replica.edges.connection, 0
-    while True:
-        await wait_any(replica.edges.wait_connected(), stop.wait())
-        if stop.is_set():
-            return False
-        if epoch != connection.epoch:
-            epoch = connection.epoch
-            await _log_missing_permissions(replica)
-        replica.health.phase = "verifying streams"
-        try:
-            await topology.ensure_topology(connection, replica.names, replica.settings)
-        except Temporary as exc:
-            log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
-            await replica.clock.sleep(0.5)
-        else:
-            return True
+    health, bindings = replica.health, replica.bindings
+    health.phase = "connecting to NATS"
+    await wait_any(replica.edges.wait_connected(), stop.wait())
+    steps = (_lacks_permissions, _lacks_streams, _lacks_key)
+    for number, lacks in enumerate(steps):
+        while not stop.is_set() and (problem := await lacks(replica)):
+            if health.phase != problem:
+                health.phase = problem
+                log.error("start.waits", detail=problem)
+            await wait_any(replica.clock.sleep(START_RETRY_S), stop.wait())
+        if number == 1 and not stop.is_set():
+            start_loop(bindings.run(), "bindings")
+            await wait_any(bindings.changed.wait_until(lambda: bindings.is_loaded), stop.wait())
+    return not stop.is_set()
 
 
-async def _log_missing_permissions(replica: Replica) -> None:
-    """Logs the permissions that the server's answer lacks. A missing right to subscribe prevents the connection."""
+async def _lacks_permissions(replica: Replica) -> str:
+    """ "": none is known to be missing. A missing right to subscribe already prevents the connection."""
+    await replica.health.check_permissions()
+    return replica.health.lacks
+
+
+async def _lacks_streams(replica: Replica) -> str:
+    """Raises SettingsError."""
     try:
-        answer = await replica.edges.connection.request(USER_INFO, b"", timeout_s=2.0)
-        may = user_of(answer.data).permissions
-    except (Temporary, *UNDECODABLE):
-        return  # not permitted to ask: missing permissions show when they are needed
-    if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):
-        names = ", ".join(lacks[:8])
-        log.error("permissions.missing", lacks=names, count=len(lacks), detail="`wechat-nats doctor` lists them.")
+        await topology.ensure_topology(replica.edges.connection, replica.names, replica.settings)
+    except Temporary as exc:
+        return f"Streams cannot be verified: {exc.detail or exc.reason}"
+    return ""
+
+
+async def _lacks_key(replica: Replica) -> str:
+    """A key that opens less than half of the tokens is not the one of this bus."""
+    sealed = [replica.sealer.sealing_of(binding.token) for binding in replica.bindings]
+    opens = len(sealed) - sealed.count("foreign")
+    if 2 * opens >= len(sealed):
+        return ""
+    return f"WECHAT_NATS_TOKEN_KEY opens {opens} of {len(sealed)} bot tokens: it is not the key of this bus."
 
 
 async def _drain(

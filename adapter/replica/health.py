@@ -12,11 +12,12 @@ import structlog
 from adapter.bridge.partitions import Partitions
 from adapter.bridge.poller import State
 from adapter.contract.names import Names
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
 from adapter.replica.edges import Edges
 from adapter.tools.metrics import PARKED, STATES, Metrics
+from adapter.tools.permissions import USER_INFO, required, user_of
 from adapter.tools.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
@@ -33,8 +34,12 @@ EVICTED_EVERY = 60
 """Ticks between two clean-ups of idle state."""
 CHECK_S = 2.0
 """Interval between two checks of JetStream. Every second check includes streams and the router's consumer."""
+LISTED = 8
+"""Permissions that a sentence names."""
 POLLED = (State.POLLING, State.STORING, State.RETRYING, State.STALE, State.PAUSED)
 """States in which iLink should answer polls."""
+ASKED = (State.POLLING, State.STORING, State.RETRYING)
+"""Those of them in which nothing but iLink is waited for."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +58,7 @@ class Health:
     do not count.
     """
 
-    def __init__(self, edges: Edges, names: Names, inspector: Inspector) -> None:
+    def __init__(self, edges: Edges, names: Names, inspector: Inspector, inbox_prefix: str) -> None:
         self.phase = "starting"
         """What the start waits for; "" once the first connection succeeded with all subscriptions, streams and
         buckets are verified, and loops run."""
@@ -62,6 +67,7 @@ class Health:
         self.clock = edges.clock
         self._edges = edges
         self._names = names
+        self._inbox_prefix = inbox_prefix
         self._inspector = inspector
         self._polls_need = (
             names.stream_in,
@@ -71,6 +77,8 @@ class Health:
         self._failed_loops: dict[str, str] = {}
         self._down_since: float | None = None
         """When the connection was lost; None while it is connected."""
+        self.lacks = ""
+        """Permissions that the user of this connection has not; "": none is known."""
         self.jetstream_problem = "JetStream does not answer"
         """What was wrong with JetStream at the last check; "": nothing."""
         self._healthy_at = self.clock.monotonic()
@@ -119,6 +127,7 @@ class Health:
         return [
             *self.check_started(),
             self._check("nats", outage, ok=down_s <= BUS_GRACE_S),
+            self._check("permissions", self.lacks),
             self._check("jetstream", self.jetstream_problem),
             self._check("streams", self._stream_problems()),
             self._check("not_draining", "shutting down" if self.draining else ""),
@@ -175,6 +184,7 @@ class Health:
             metrics.nats_publish_oldest.set(max(edges.bus.waiting_s, edges.media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
+                metrics.ready.set(all(check.ok for check in self.check_ready()))
                 self._in_flight = observe(here, self.clock, metrics, len(asyncio.all_tasks()))
             if ticks % EVICTED_EVERY == 0:
                 for partition in here.working.values():
@@ -200,6 +210,8 @@ class Health:
             rounds += 1
             try:
                 await connection.api_request("INFO", timeout_s=1.0)
+                if rounds % 2 == 0:
+                    await self.check_permissions()
                 if rounds % 2 == 1 or self.jetstream_problem:  # after an outage something may be missing
                     await self._check_streams()
                     await self._check_consumers()
@@ -222,6 +234,20 @@ class Health:
         self._healthy_at = self._healthy_at if problem else now
         if not problem or now - self._healthy_at > BUS_GRACE_S:
             self.jetstream_problem = problem
+
+    async def check_permissions(self) -> None:
+        """Asks the server what the user of this connection may. Nothing changes where it does not say."""
+        try:
+            answer = await self._edges.connection.request(USER_INFO, b"", timeout_s=2.0)
+            may = user_of(answer.data).permissions
+        except (Temporary, *UNDECODABLE):
+            return  # not permitted to ask, or a server without an answer
+        missing = may.missing(required(self._names, self._inbox_prefix))
+        names = ", ".join(missing[:LISTED]) + (f" and {len(missing) - LISTED} more" if missing[LISTED:] else "")
+        lacks = f"NATS permissions are missing: {names}; `wechat-nats doctor` lists all." if missing else ""
+        if lacks and lacks != self.lacks:
+            log.error("permissions.missing", lacks=names, count=len(missing))
+        self.lacks = lacks
 
     async def _check_streams(self) -> None:
         """Raises Temporary, BusRefused."""
@@ -293,6 +319,8 @@ def _observe_polls(here: Partitions, metrics: Metrics, now: float) -> None:
     polled = [poller for poller in pollers if poller.state in POLLED]
     ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
     metrics.oldest_poll_age.set(max(ages, default=0.0))
+    asked = [poller for poller in polled if poller.state in ASKED and poller.unanswered_since]
+    metrics.newest_poll_age.set(min((now - poller.unanswered_since for poller in asked), default=0.0))
     # every replica reports partitions without an owner, since it may be the only one left
     open_to_us = here.leases.owned.keys() | here.leases.ownerless
     metrics.bindings_unowned.set(

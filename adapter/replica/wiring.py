@@ -109,7 +109,7 @@ class Replica:
         self.replicas = Replicas(edges.core, names, edges.presence)
         at_least = {names.bindings: lambda: len(bindings) + 1}  # and the layout key
         inspector = Inspector(names, settings, at_least=at_least)
-        self.health = Health(edges, names, inspector)
+        self.health = Health(edges, names, inspector, settings.nats_inbox_prefix)
 
         # the bridge
         transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)

@@ -40,6 +40,10 @@ UPSTREAM_FAILURES = "ret_2 ret_14 ret_other http_4xx http_5xx timeout network un
 RETRIED = UPSTREAM_FAILURES.removeprefix("ret_2 ")
 CONSUMERS = "out router"
 DIRECTIONS = "in out"
+VERBS = (
+    "bindings.list bindings.get login.start login.status login.verify login.cancel media.get media.put next receipt"
+    " replay send window"
+)
 STREAMS = "in event dead out kv media"
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -118,6 +122,11 @@ class Metrics:
         self.oldest_poll_age = gauge(
             "oldest_poll_age_seconds",
             "Longest time since a completed poll, over the bindings that poll or wait to poll.",
+        )
+        self.newest_poll_age = gauge(
+            "newest_poll_age_seconds",
+            "Shortest time since a completed poll, over the bindings that poll: no poll of this replica was answered"
+            " since. 0 without such bindings.",
         )
         self.upstream_requests = counter(
             "upstream_requests",
@@ -202,6 +211,7 @@ class Metrics:
         self.schema_violations = counter(
             "schema_violations", "Requests that do not fit their schema.", kind="out svc"
         )
+        self.ready = gauge("ready", "1 while /readyz says that this replica is ready, else 0.")
         self.nats_connected = gauge("nats_connected", "1 while connected to NATS, else 0.")
         self.nats_reconnects = counter("nats_reconnects", "Reconnections to NATS.")
         self.nats_publish = counter(
@@ -242,6 +252,19 @@ class Metrics:
             "Requests refused unread. busy: the sandbox has too many requests open; full: all open requests are too"
             " large; reply: the reply subject is not an inbox of the client.",
             reason="busy full reply",
+        )
+        self.service_requests = counter(
+            "service_requests",
+            "Answered requests to wechat.svc. refused: the request is at fault (4xx); unavailable: 503; failed: 500;"
+            " unanswered: the connection broke.",
+            verb=VERBS,
+            outcome="ok refused unavailable failed unanswered",
+        )
+        self.service_duration = histogram(
+            "service_duration_seconds",
+            "Time from a request's admission to its answer, with its wait for a turn.",
+            _FAST_S,
+            verb=VERBS,
         )
         self.media_transfers = counter(
             "media_transfers",

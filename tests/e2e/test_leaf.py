@@ -95,7 +95,7 @@ async def test_an_adapter_on_a_leaf_node_says_where_it_belongs(tmp_path: Path) -
         adapter = await made.add_adapter(NATS_URL=hub.leaf.url)
 
         async def has_said() -> bool:
-            return adapter.said("streams.unverified") > 0
+            return adapter.said("start.waits") > 0
 
         await eventually(has_said, "it says what it lacks")
-        assert "leaf node" in adapter.lines("streams.unverified")[0]["detail"]
+        assert "leaf node" in adapter.lines("start.waits")[0]["detail"]

@@ -366,7 +366,14 @@ async def test_an_adapter_without_a_subscribe_permission_waits_until_it_has_it(t
             await adapter.kill()
 
 
-async def test_missing_publish_permissions_are_reported_at_the_start_and_by_doctor(tmp_path: Path) -> None:
+async def lacking(port: int | None) -> str:
+    """What /readyz says of permissions; "": none is missing."""
+    async with httpx.AsyncClient(trust_env=False) as http:
+        checks = (await http.get(f"http://127.0.0.1:{port}/readyz")).json()
+    return next((check["detail"] for check in checks if check["name"] == "permissions" and not check["ok"]), "")
+
+
+async def test_a_permission_that_is_taken_away_shows_in_readyz_and_doctor(tmp_path: Path) -> None:
     """Here that to acknowledge in the layout of this server: all else works, and no command ends."""
     acks = '              "$JS.ACK.*.*.WECHAT_OUT.>"\n'
 
@@ -379,13 +386,17 @@ async def test_missing_publish_permissions_are_reported_at_the_start_and_by_doct
             (found,) = await check_acknowledged(bus)
             return found
 
-    async with guarded(tmp_path, NEW_ACKS, edit=narrow) as server, Simulator(fast()) as sim:
+    async with guarded(tmp_path, NEW_ACKS) as server, Simulator(fast()) as sim:
         environ = environ_of(server.url, sim) | server.users["adapter"].environ
         adapter = AdapterProcess(environ, tmp_path / "adapter.log")
         await adapter.start()
         try:
             await until(lambda: bool(adapter.http_port()), "it starts")
+            assert await lacking(adapter.http_port()) == ""
+            server.amend(narrow)
+            await until(lambda: adapter.said("permissions.missing") > 0, "it is told")
             (line,) = adapter.lines("permissions.missing")
+            assert "publish $JS.ACK.*.*.WECHAT_OUT.>" in await lacking(adapter.http_port())
             assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $JS.ACK.*.*.WECHAT_OUT.>")
             found = await acknowledged()
             assert (found.state, "$JS.ACK.*.*.WECHAT_OUT.>" in found.say) == ("fail", True), found
@@ -398,5 +409,10 @@ async def test_missing_publish_permissions_are_reported_at_the_start_and_by_doct
                     return False
 
             await eventually(is_well, "it acknowledges")
+
+            async def is_ready() -> bool:
+                return await lacking(adapter.http_port()) == ""
+
+            await eventually(is_ready, "it is ready again")
         finally:
             await adapter.kill()
