@@ -49,7 +49,7 @@ def test_help_is_a_sentence_that_lists_every_value_of_every_label() -> None:
 def test_no_label_is_unbounded() -> None:
     labels = {label for family in families(Metrics()) for sample in family.samples for label in sample.labels}
     assert labels == {
-        *("consumer", "direction", "endpoint", "kind", "le", "outcome", "reason", "state", "stream"),
+        *("consumer", "direction", "endpoint", "kind", "le", "outcome", "reason", "state", "stream", "verb"),
         *("version", "python", "schema_version"),
     }
 

@@ -179,8 +179,7 @@ class Services:
             async def begin(request: Request) -> None:  # in a task: a slow request does not delay the next one
                 self._answers.spawn(answer(request))
 
-            name = name.replace(".", "-")
-            await service.add_endpoint(EndpointConfig(name=name, subject=subject, handler=begin))
+            await service.add_endpoint(EndpointConfig(name=_name(name), subject=subject, handler=begin))
 
         for subject, (verb, handler) in self._handlers.items():
             await add(verb, subject, partial(self._answer_platform, verb, handler))
@@ -230,7 +229,7 @@ class Services:
             quota.release(sandbox, len(request.data))
 
     def _timed(self, verb: str) -> contextlib.AbstractContextManager[object]:
-        return self._metrics.service_duration.labels(verb=verb).time()
+        return self._metrics.service_duration.labels(verb=_name(verb)).time()
 
     async def _respond(self, verb: str, request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
         try:
@@ -238,7 +237,12 @@ class Services:
         except NatsError as exc:  # the connection broke before the answer
             outcome = "unanswered"
             log.info("service.unanswered", reason=type(exc).__name__)
-        self._metrics.service_requests.labels(verb=verb, outcome=outcome).inc()
+        self._metrics.service_requests.labels(verb=_name(verb), outcome=outcome).inc()
+
+
+def _name(verb: str) -> str:
+    """Of an endpoint, and in the metrics."""
+    return verb.replace(".", "-")
 
 
 async def _answer(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> str:

@@ -41,7 +41,7 @@ RETRIED = UPSTREAM_FAILURES.removeprefix("ret_2 ")
 CONSUMERS = "out router"
 DIRECTIONS = "in out"
 VERBS = (
-    "bindings.list bindings.get login.start login.status login.verify login.cancel media.get media.put next receipt"
+    "bindings-list bindings-get login-start login-status login-verify login-cancel media-get media-put next receipt"
     " replay send window"
 )
 STREAMS = "in event dead out kv media"
@@ -255,8 +255,8 @@ class Metrics:
         )
         self.service_requests = counter(
             "service_requests",
-            "Answered requests to wechat.svc. refused: the request is at fault (4xx); unavailable: 503; failed: 500;"
-            " unanswered: the connection broke.",
+            "Answered requests to the services on the bus. refused: the request is at fault (4xx); unavailable: 503;"
+            " failed: 500; unanswered: the connection broke.",
             verb=VERBS,
             outcome="ok refused unavailable failed unanswered",
         )

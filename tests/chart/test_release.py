@@ -38,7 +38,7 @@ def test_a_release_has_all_parts_of_one_version(tmp_path: Path) -> None:
     tracked = subprocess.run(["git", "ls-files", "adapter"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(tracked.stdout.split()) <= inside
     told = email.message_from_bytes(metadata)
-    assert set(told.get_all("Provides-Extra", [])) == {"acp", "agents", "voice"}
+    assert set(told.get_all("Provides-Extra", [])) == {"acp", "agents", "mcp", "voice"}
     with tarfile.open(tmp_path / archive) as packed_source:
         assert {f"wechat_nats-{version}/{name}" for name in inside} <= set(packed_source.getnames())
 
