@@ -164,7 +164,9 @@ class AgentChoice:
                 raise Failed(USAGE, needs)
             if shutil.which(name) is None and (command is not self.agent or name in PRESETS):
                 if Path(name).is_file():
-                    raise Failed(USAGE, f"`{name}` is not executable: chmod +x {name}")
+                    there = os.access(name, os.X_OK)
+                    helps = f"is not on the PATH: write ./{name}" if there else f"is not executable: chmod +x {name}"
+                    raise Failed(USAGE, f"`{name}` {helps}")
                 raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 

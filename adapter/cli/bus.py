@@ -72,7 +72,7 @@ class BusConnection(Connection):
                 raise Failed(
                     NO,
                     f"This user may not hear answers on {prefix}.>: set NATS_INBOX_PREFIX to what its role has"
-                    " (_INBOX_adapter, _INBOX_operator, …).",
+                    " (_INBOX_adapter, _INBOX_operator, _INBOX_SANDBOX, …).",
                 )
         try:
             if subjects:

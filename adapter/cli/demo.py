@@ -49,6 +49,8 @@ REPLY_CHARS = 2000
 MOST_CHARS = 100
 """Characters of a text on its way."""
 IMAGE = "/image "
+WELCOMED = "-welcome"
+"""End of the id of a command that welcomes: the answer is another one."""
 DRAIN_S = 5.0
 HOLD_MS = 1000
 """How long the simulated iLink holds a poll. An adapter that stops waits for the end of its poll."""
@@ -287,6 +289,9 @@ class TalkSession:
                 self._screen.show("phone", await self._on_phone(message_id))
         if receipt.outcome in FINAL_OUTCOMES:
             self._ended.add(msg.subject)
+            if receipt.command.endswith(WELCOMED):
+                self._progress()
+                return
             self._close(receipt.outcome == "accepted")
 
     async def _on_phone(self, message_id: str) -> str:

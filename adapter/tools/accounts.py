@@ -94,7 +94,8 @@ HEAD = """\
 #   jetstream {{ store_dir: "/data", sync_interval: always }}
 #   include {file}
 #
-# Passwords are variables of the server's environment. It does not start while one is missing. For other sandboxes
+# Passwords are variables: of the server's environment, or of the file of passwords included below. It does not start
+# while one is missing. For other sandboxes
 # `wechat-nats permissions s1 s2 …` prints it. A sandbox that is not trusted has its commands stored by the adapter.
 
 """
