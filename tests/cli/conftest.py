@@ -129,7 +129,7 @@ async def simulator() -> AsyncIterator[Simulator]:
 @pytest.fixture
 async def adapter(
     server: EmbeddedNats, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[asyncio.Task[None]]:
+) -> AsyncIterator[asyncio.Task[bool]]:
     """Commands ask the same iLink as it does."""
     monkeypatch.setenv("WECHAT_NATS_ILINK_BASE_URL", simulator.url)
     monkeypatch.setenv("WECHAT_NATS_ALLOWED_HOSTS", urlsplit(simulator.url).netloc)
