@@ -47,6 +47,7 @@ VERBS = (
 STREAMS = "in event dead out kv media"
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+_ANSWER_S = (0.005, 0.025, 0.1, 0.5, 2.0, 10.0)
 _CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
 _MESSAGE_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 
@@ -263,7 +264,7 @@ class Metrics:
         self.service_duration = histogram(
             "service_duration_seconds",
             "Time from a request's admission to its answer, with its wait for a turn.",
-            _FAST_S,
+            _ANSWER_S,
             verb=VERBS,
         )
         self.media_transfers = counter(

@@ -82,5 +82,8 @@ async def test_sigterm_ends_a_replica_whatever_is_gone(
             await until(lambda: adapter.said("lease.paused") == 1, "its lease is gone")
         began = time.monotonic()
         adapter.signal(signal.SIGTERM)
-        assert await adapter.ended() == 0
+        is_lost = ilink == "has answered"
+        assert await adapter.ended() == (5 if is_lost else 0)
+        (end,) = adapter.lines("adapter.stopped")
+        assert (end.get("lost_bots", 0), end.get("lost_messages", 0)) == ((1, 1) if is_lost else (0, 0))
         assert time.monotonic() - began < most_s

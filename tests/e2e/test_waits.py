@@ -21,7 +21,7 @@ from nats.aio.msg import Msg
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, BindingEvent, Receipt
 from adapter.jetstream.topology import partition_consumer
 from adapter.simulator import BotRecord
-from tests.e2e.world import NAMES, SOON, World, eventually, inbox, stream, until, world
+from tests.e2e.world import NAMES, SOON, TOKEN_KEY, World, eventually, inbox, stream, until, world
 
 FEW_S = 3.0
 """How long what waits for nobody may take on a machine that does other things, too."""
@@ -130,7 +130,15 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
     """A bot of s1 that an adapter, started here, cannot use. Its user has written to it, unless nobody knows them."""
     bot = made.sim.add_bot()
     named = None if why == "nobody has written" else bot.user
-    await made.add_adapter(**({"WECHAT_NATS_TOKEN_KEY": OTHER_KEY} if why == "its token is sealed" else {}))
+    if why == "its token is sealed":  # one of two: a key that opens less than half is not the one of this bus
+        other = made.sim.add_bot()
+        first = await made.add_adapter()
+        await made.control(nc, "s2", Bind(bot=other.bot, bot_token=other.token, user=other.user))
+        await first.kill()
+        key = f"{OTHER_KEY},{TOKEN_KEY}"
+    else:
+        key = TOKEN_KEY
+    adapter = await made.add_adapter(WECHAT_NATS_TOKEN_KEY=key)
     receipt = await made.control(nc, "s1", Bind(bot=bot.bot, bot_token=bot.token, user=named))
     assert receipt.outcome == "applied"
     if named is not None:
@@ -144,7 +152,7 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
         made.sim.kill_token(bot.bot)
         await changed(nc, "s1", bot.bot, "needs_login")
     else:
-        await made.adapters[0].kill()
+        await adapter.kill()
         await made.add_adapter()
     return bot
 
