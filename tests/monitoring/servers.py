@@ -18,7 +18,13 @@ from tests.monitoring.tools import RULES, need
 
 SHORTER = {"5m": "8s", "15m": "10s", "30m": "12s", "1h": "12s", "6h": "14s", "1d": "60s"}
 """Windows of the rules, and what they are in a run of minutes."""
-AGES_S = {"> 180": "> 5", "> 300": "> 5", "< 900": "< 10"}
+AGES_S = {
+    "> 180": "> 5",
+    "> 300": "> 5",
+    "> 120": "> 5",
+    "oldest_seconds) > 30": "oldest_seconds) > 5",
+    "< 900": "< 10",
+}
 """Ages that would have to be waited for."""
 
 

@@ -48,6 +48,14 @@ def outcomes(**per_minute: float) -> dict[str, str]:
     return made
 
 
+def answers(verb: str, **per_minute: int) -> dict[str, str]:
+    """Requests of services that were answered, by outcome."""
+    made: dict[str, str] = {}
+    for outcome, rate in per_minute.items():
+        made |= gauge("service_requests_total", f"0+{rate}x200", verb=verb, outcome=outcome)
+    return made
+
+
 def few(**each: int) -> dict[str, str]:
     """So many commands that end within a minute, and as many again a quarter of an hour later."""
     made: dict[str, str] = {}
@@ -120,6 +128,21 @@ CASES = [
         {"AdapterBusDisconnected"},
     ),
     Case("AdapterBusDisconnected", "a short break", both("1x30", "1x5 0 1x20", "nats_connected"), 9, set()),
+    Case("AdapterNotReady", "one of two", both("1x30", "1x5 0x20", "ready"), 8, {"AdapterNotReady"}),
+    Case("AdapterNotReady", "a start", both("1x30", "0x2 1x20", "ready"), 3, set()),
+    Case("PublishOld", "half a minute", both("0x30", "0x5 31x20", "nats_publish_oldest_seconds"), 6, {"PublishOld"}),
+    Case("PublishOld", "a slow disk", gauge("nats_publish_oldest_seconds", "0x5 29x20"), 12, set()),
+    Case("AgentsUnanswered", "next is 503", answers("next", ok=0, unavailable=60), 5, {"AgentsUnanswered"}),
+    Case("AgentsUnanswered", "one in four", answers("next", ok=90, unavailable=30), 20, set()),
+    Case("AgentsUnanswered", "one in two verbs", answers("send", ok=60, refused=90), 20, set()),
+    Case(
+        "PollsUnanswered",
+        "none of a replica",
+        gauge("newest_poll_age_seconds", "20x5 121x20"),
+        6,
+        {"PollsUnanswered"},
+    ),
+    Case("PollsUnanswered", "long polls", gauge("newest_poll_age_seconds", "45x30"), 25, set()),
     Case(
         "BotsUnowned", "one replica knows of some", both("0x30", "0x5 3x20", "bindings_unowned"), 12, {"BotsUnowned"}
     ),

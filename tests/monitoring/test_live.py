@@ -31,8 +31,9 @@ from tests.monitoring.tools import need
 pytestmark = pytest.mark.slow
 
 BOTS, CAPACITY = 20, 24
-MAY_COME_EARLIER = {"EventLoopSlow"}
-"""On a machine that is busy with other tests it is true at any time."""
+MAY_COME_EARLIER = {"EventLoopSlow", "AdapterNotReady"}
+"""On a machine that is busy with other tests the first is true at any time. A replica that starts is not ready, and
+the two minutes that it has for that are shorter here."""
 
 
 class Scene:
@@ -146,6 +147,15 @@ async def stalled_poll(s: Scene) -> None:
     s.made.sim.cut_polls(s.bot(0))
 
 
+async def silent_ilink(s: Scene) -> None:
+    """iLink takes all polls and answers none."""
+    async with s.fires("PollsUnanswered"):
+        s.made.sim.set_fault(FaultRule(fault="F5", endpoint="getupdates"))
+    s.made.sim.clear_faults()
+    for number in range(BOTS):
+        s.made.sim.cut_polls(s.bot(number))
+
+
 async def failing_polls(s: Scene) -> None:
     """iLink answers a bot's polls with an error page."""
     async with s.fires("BotsFailing"):
@@ -222,6 +232,16 @@ async def slow_bus(s: Scene) -> None:
         os.kill(s.made.server.pid, signal.SIGCONT)
 
 
+async def silent_bus(s: Scene) -> None:
+    """nats-server stands still while users write, until it is told."""
+    await until(lambda: s.made.sim.stats().parked > BOTS / 2, "polls are out again")
+    async with s.fires("PublishOld", "AdapterNotReady"):
+        os.kill(s.made.server.pid, signal.SIGSTOP)
+        for number in range(8):
+            s.made.say(f"s{number}", "while the bus says nothing")
+    os.kill(s.made.server.pid, signal.SIGCONT)
+
+
 async def frozen(s: Scene) -> None:
     """A replica gets no CPU for a second and a half."""
     async with s.fires("EventLoopSlow"):
@@ -255,6 +275,23 @@ async def altered_stream(s: Scene) -> None:
     async with s.fires("StreamsDiffer"):
         await _update(s.nc, NAMES.stream_in, discard="new")
     await _update(s.nc, NAMES.stream_in, discard="old")
+
+
+async def no_readers(s: Scene) -> None:
+    """The bucket is gone that says how far agents have read."""
+    stream = f"KV_{NAMES.readers}"
+    config = msgspec.json.decode((await s.nc.request(f"$JS.API.STREAM.INFO.{stream}")).data)["config"]
+
+    async def ask() -> None:
+        while True:
+            await s.nc.publish(f"{NAMES.prefix}.svc.next.s1", b"{}", reply=s.nc.new_inbox())
+            await asyncio.sleep(0.1)
+
+    async with s.fires("AgentsUnanswered"):
+        await s.nc.request(f"$JS.API.STREAM.DELETE.{stream}")
+        asking = asyncio.create_task(ask())
+    asking.cancel()
+    await s.nc.request(f"$JS.API.STREAM.CREATE.{stream}", msgspec.json.encode(config))
 
 
 async def full_memory(s: Scene) -> None:
@@ -295,6 +332,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     nothing_to_spare,
     no_adapter,
     stalled_poll,
+    silent_ilink,
     failing_polls,
     lost_logins,
     throttled,
@@ -305,8 +343,10 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     frozen,
     full_stream,
     altered_stream,
+    no_readers,
     full_memory,
     no_bus,
+    silent_bus,
 ]
 
 
