@@ -191,6 +191,8 @@ def server_config(folder: Path, port: int, token: str = "") -> str:
 server_name: "{NAME}"
 listen: "{HOST}:{port}"
 {asks}ports_file_dir: {quoted}
+ping_interval: "20s"
+ping_max: 2
 lame_duck_duration: "30s"
 lame_duck_grace_period: "5s"
 jetstream {{

@@ -91,6 +91,7 @@ HEAD = """\
 # {title}
 # Include it into the server's configuration:
 #
+#   ping_interval: 20s, ping_max: 2
 #   jetstream {{ store_dir: "/data", sync_interval: always }}
 #   include {file}
 #
