@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import nkeys
 import pytest
 from msgspec.structs import replace
 
@@ -15,6 +18,7 @@ from adapter.cli.embedded import find_server
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 from tests.authority import Authority
+from tests.bus.guarded import ports_of
 from tests.e2e.waiting import eventually, until
 
 
@@ -143,3 +147,31 @@ async def test_certificates_that_are_exchanged_serve_at_the_next_connection(tmp_
                 return connection.is_connected
 
             await eventually(connected, "it connects by the new one")
+
+
+async def test_a_rotated_key_is_read_at_the_next_connection(tmp_path: Path) -> None:
+    """The server knows another key of the user from now on, and ends the connection; the file has the new one."""
+    file, config = tmp_path / "user.nk", tmp_path / "nats.conf"
+    listen = 'listen: "127.0.0.1:-1"'
+
+    def rotate() -> None:
+        pair = nkeys.from_seed(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
+        file.write_bytes(pair.seed)
+        users = f"authorization {{ users: [ {{ nkey: {pair.public_key.decode()} }} ] }}"
+        config.write_text(f'{listen}\nports_file_dir: "{tmp_path}"\n{users}\n')
+
+    rotate()
+    process = await asyncio.create_subprocess_exec(find_server(), "-c", config, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await until(lambda: bool(ports_of(tmp_path)), "the server listens")
+        (url,) = ports_of(tmp_path)
+        listen = f'listen: "{url.removeprefix("nats://")}"'  # a reload may not change it
+        async with linked(Settings(nats_url=(url,), nats_nkey=str(file))) as connection:
+            first = await connection.wait_connected(30)
+            rotate()
+            process.send_signal(signal.SIGHUP)
+            await until(lambda: first.is_closed, "the old key is not taken any more")
+            assert await connection.wait_connected(30) is not first
+    finally:
+        process.kill()
+        await process.wait()
