@@ -7,7 +7,7 @@ import contextlib
 import os
 import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -94,23 +94,30 @@ async def _prepare(
     if not media_types.HAS_VOICE:
         log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
     health, bindings = replica.health, replica.bindings
-    health.phase = "connecting to NATS"
-    await wait_any(replica.edges.wait_connected(), stop.wait())
-    steps = (_lacks_permissions, _lacks_streams, _lacks_key)
-    for number, lacks in enumerate(steps):
+
+    async def wait_for(what: str, lacks: Callable[[Replica], Awaitable[str]]) -> None:
+        """Returns when `lacks` finds nothing, or it was stopped."""
+        health.phase = what
         while not stop.is_set() and (problem := await lacks(replica)):
             if health.phase != problem:
                 health.phase = problem
-                log.error("start.waits", detail=problem)
+                log.warning("start.waits", detail=problem)
             await wait_any(replica.clock.sleep(START_RETRY_S), stop.wait())
-        if number == 1 and not stop.is_set():
-            start_loop(bindings.run(), "bindings")
-            await wait_any(bindings.changed.wait_until(lambda: bindings.is_loaded), stop.wait())
+
+    health.phase = "connecting to NATS"
+    await wait_any(replica.edges.wait_connected(), stop.wait())
+    await wait_for("asking for permissions", _lacks_permissions)
+    await wait_for("verifying streams", _lacks_streams)
+    if not stop.is_set():
+        start_loop(bindings.run(), "bindings")
+        health.phase = "reading bindings"
+        await wait_any(bindings.changed.wait_until(lambda: bindings.is_loaded), stop.wait())
+    await wait_for("trying the key", _lacks_key)
     return not stop.is_set()
 
 
 async def _lacks_permissions(replica: Replica) -> str:
-    """ "": none is known to be missing. A missing right to subscribe already prevents the connection."""
+    """Empty where none is known to be missing. A missing right to subscribe already prevents the connection."""
     await replica.health.check_permissions()
     return replica.health.lacks
 

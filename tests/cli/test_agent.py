@@ -26,6 +26,7 @@ from adapter.agent.webhook import Webhook, sign
 from adapter.cli.agent import AgentChoice
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
+from adapter.cli.exits import Failed
 from adapter.contract.messages import Inbound, Media, OutItem, TextItem
 from adapter.errors import Refused, Temporary
 from adapter.settings import Settings
@@ -78,6 +79,14 @@ async def test_a_state_that_cannot_be_used_is_said(server: EmbeddedNats, cli: Co
     result = await cli("agent", "s1", "--exec", "true", "--state", str(tmp_path))
     assert result.code == 1
     assert "Cannot use" in result.err
+
+
+def test_a_program_of_this_folder_is_told_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("answer.sh").touch(0o755)
+    with pytest.raises(Failed, match=r"^`answer.sh` is not on the PATH: write ./answer.sh$"):
+        AgentChoice(program="answer.sh").check()
+    AgentChoice(program="./answer.sh").check()
 
 
 def test_quoted_words_of_a_shell_are_words() -> None:

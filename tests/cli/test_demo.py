@@ -105,6 +105,14 @@ async def test_a_program_answers_instead(temporary: Path, environ: dict[str, str
     assert os.listdir(temporary) == []
 
 
+async def test_a_welcome_is_not_the_answer(temporary: Path) -> None:
+    """The end of the input waits for the answer behind it."""
+    async with started("start", "--simulated", "--welcome", "Welcome.", "--exec", "sed s/hello/bye/") as process:
+        out, err = await process.communicate(HELLO)
+        assert (process.returncode, err) == (0, b"")
+    assert said(out, "phone") == ["Welcome.", "bye"]
+
+
 async def test_files_of_a_program_are_shown(temporary: Path, tmp_path: Path) -> None:
     (tmp_path / "answer.sh").write_text('cat >"$WECHAT_OUT/said.txt"')
     async with started("demo", "--exec", f"sh {tmp_path / 'answer.sh'}") as process:

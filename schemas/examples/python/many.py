@@ -27,35 +27,31 @@ class Agents:
     def __init__(self, nc: Client) -> None:
         self.nc = nc
         self.rings: dict[str, asyncio.Event] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks = asyncio.TaskGroup()  # what fails ends the program, and says why
         self.awaited: dict[tuple[str, str], asyncio.Future[dict[str, Any]]] = {}
         """By sandbox and id of the command."""
 
     async def run(self) -> None:
         """Two subscriptions for all sandboxes; the subjects say which one it is."""
-        await self.nc.subscribe("wechat.in.*", cb=self.on_ring)
-        await self.nc.subscribe("wechat.event.*.receipt.>", cb=self.on_receipt)
-        while True:
-            page: dict[str, Any] = {"next": ""}
+        async with self.tasks:
+            await self.nc.subscribe("wechat.in.*", cb=self.on_ring)
+            await self.nc.subscribe("wechat.event.*.receipt.>", cb=self.on_receipt)
             while True:
-                page = json.loads((await ask(self.nc, "bindings.list", {"after": page["next"]})).data)
-                for binding in page["bindings"]:
-                    self.serve(binding["sandbox"])
-                if not page.get("next"):
-                    break
-            await asyncio.sleep(ASK_S)  # a new sandbox is known earlier, by its first ring
+                after = ""
+                while True:
+                    page = json.loads((await ask(self.nc, "bindings.list", {"after": after})).data)
+                    for binding in page["bindings"]:
+                        self.serve(binding["sandbox"])
+                    if not (after := page.get("next", "")):
+                        break
+                await asyncio.sleep(ASK_S)  # a new sandbox is known earlier, by its first ring
 
     def serve(self, sandbox: str) -> asyncio.Event:
         if sandbox not in self.rings:
             self.rings[sandbox] = asyncio.Event()
-            self.begin(self.read(sandbox))
+            self.tasks.create_task(self.read(sandbox))
             print(f"{sandbox}: ready", flush=True)
         return self.rings[sandbox]
-
-    def begin(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     async def on_ring(self, msg: Msg) -> None:
         self.serve(msg.subject.split(".")[2]).set()
@@ -81,7 +77,7 @@ class Agents:
                 command = await answer(self.nc, sandbox, handed["position"], handed["message"])
                 self.awaited[sandbox, command["id"]] = asyncio.get_running_loop().create_future()
                 await store(self.nc, f"wechat.out.{sandbox}", command)
-                self.begin(self.tell(sandbox, command["id"]))
+                self.tasks.create_task(self.tell(sandbox, command["id"]))
                 request["after"] = handed["position"]
             if "after" not in request:
                 with contextlib.suppress(TimeoutError):
