@@ -568,7 +568,8 @@ async def bound(bench: Bench) -> None:
             await nc.publish(f"wechat.bind.s{number}", msgspec.json.encode(asked), headers={"Nats-Msg-Id": bot})
             if number % 100 == 99:
                 await nc.flush()
-        while (state := (await nc.jetstream().stream_info("WECHAT_OUT")).state).messages or state.last_seq < last:
+        js = nc.jetstream(timeout=60)  # the answer waits behind the deletions of the binds that are applied
+        while (state := (await js.stream_info("WECHAT_OUT")).state).messages or state.last_seq < last:
             await asyncio.sleep(0.02)
         figures = spent.on(bots, time.monotonic())
         await made.polled(bots)
